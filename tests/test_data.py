@@ -1,0 +1,444 @@
+import hashlib
+import http.server
+import io
+import itertools
+import os
+import pickle
+import tarfile
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets, transforms
+
+import data
+
+
+def test_synthetic_is_always_the_same_balanced_and_colour_does_not_tell_the_class():
+    first, second = data.synthetic(), data.synthetic()
+    assert first.classes == data.CLASSES
+    for name, count in zip(data.SPLITS, (2000, 500, 1000), strict=True):
+        split = getattr(first, name)
+        assert split.images.shape == (count, 3, 32, 32) and split.images.dtype == torch.uint8
+        assert torch.equal(split.images, getattr(second, name).images)
+        assert torch.bincount(split.labels).tolist() == [count // 10] * 10
+    assert not torch.equal(first.train.images[:500], first.valid.images)
+    # the nearest mean colour finds the class hardly more often than a guess
+    train, test = (s.images.float().mean((2, 3)) for s in (first.train, first.test))
+    centres = torch.stack([train[first.train.labels == c].mean(0) for c in range(10)])
+    assert (torch.cdist(test, centres).argmin(1) == first.test.labels).float().mean() < 0.25
+
+
+def test_folder_equals_torchvisions_image_folder(image_folder, tmp_path):
+    folder = image_folder(("b", "a b", "ü'\"x"), size=32)
+    dataset = data.load(str(folder), tmp_path / "root")
+    reference = datasets.ImageFolder(folder / "train", transforms.PILToTensor())
+    assert dataset.classes == tuple(reference.classes)
+    assert torch.equal(dataset.train.images, torch.stack([image for image, _ in reference]))
+    assert dataset.train.labels.tolist() == reference.targets
+    assert [len(getattr(dataset, s).labels) for s in data.SPLITS] == [18, 6, 9]
+    pixels = dataset.train.images.double() / 255
+    assert torch.allclose(torch.tensor(dataset.mean), pixels.mean((0, 2, 3)).float())
+    assert torch.allclose(torch.tensor(dataset.std), pixels.std((0, 2, 3), correction=0).float())
+
+
+def test_many_files_are_decoded_in_order_by_many_processes(tmp_path):
+    for split, count in (("train", 2600), ("valid", 1), ("test", 1)):
+        (tmp_path / "x" / split / "k").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (32, 32), (i % 256, i // 256, 7)).save(
+                tmp_path / "x" / split / "k" / f"{i:05}.png"
+            )
+    train = data.load(str(tmp_path / "x"), tmp_path / "root").train
+    assert (train.images[:, 0, 0, 0] + 256 * train.images[:, 1, 5, 5].long()).tolist() == list(range(2600))
+
+
+def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_anew(
+    image_folder, tmp_path, monkeypatch
+):
+    folder = image_folder()
+    first = data.load(str(folder), tmp_path / "root")
+    monkeypatch.setattr(data, "read_image", lambda path: pytest.fail("decoded again"))
+    second = data.load(str(folder), tmp_path / "root")
+    assert torch.equal(first.train.images, second.train.images) and second.mean == first.mean
+    monkeypatch.undo()
+    changed = folder / "train" / "cat" / "0.png"
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(changed)
+    third = data.load(str(folder), tmp_path / "root")
+    assert third.train.images[0, :, 4, 4].tolist() == [1, 2, 3]
+    assert len(list((tmp_path / "root" / "cache").iterdir())) == 1  # the old one is cleared away
+
+
+def test_a_cache_is_whole_or_not_there(image_folder, tmp_path):
+    folder = image_folder()
+    (folder / "test" / "dog" / "1.png").write_bytes(b"not an image")
+    with pytest.raises(RuntimeError, match=r"test/dog/1\.png cannot be read"):
+        data.load(str(folder), tmp_path / "root")
+    assert list((tmp_path / "root" / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "webp"])
+def test_formats_and_modes_become_rgb(mode, suffix, tmp_path):
+    pixels = np.full((32, 32, 3), (204, 204, 204), np.uint8)
+    image = Image.fromarray(pixels).convert(mode) if mode != "I;16" else Image.fromarray(
+        np.full((32, 32), 204 * 256 + 17, np.uint16))  # fmt: skip
+    if mode == "I;16" and suffix not in ("png", "tif"):
+        pytest.skip(f"{suffix} has no 16-bit grey")
+    try:
+        image.save(tmp_path / f"x.{suffix}")
+    except (OSError, ValueError):
+        pytest.skip(f"{suffix} has no {mode}")
+    read = data.read_image(tmp_path / f"x.{suffix}").astype(int)
+    assert read.shape == (3, 32, 32)
+    wanted = {"1": (0, 255)}.get(mode, (200, 208))  # one bit is dithered
+    assert read.min() >= wanted[0] and read.max() <= wanted[1]
+
+
+def test_other_sizes_are_resized_as_pil_does(tmp_path):
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (70, 41, 3), dtype=np.uint8))
+    image.save(tmp_path / "x.png")
+    wanted = transforms.PILToTensor()(transforms.Resize((32, 32))(image))
+    assert np.array_equal(data.read_image(tmp_path / "x.png"), wanted.numpy())
+
+
+@pytest.mark.parametrize("content", [b"", b"text", "cut", "bomb"])
+def test_unreadable_images_are_named(content, tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "PNG")
+    if content == "cut":
+        content = buffer.getvalue()[:-60]
+    if content == "bomb":  # a header that promises 60,000 x 60,000 pixels
+        content = buffer.getvalue()[:16] + (60_000).to_bytes(4, "big") * 2 + buffer.getvalue()[24:]
+    (tmp_path / "bad one.png").write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"bad one\.png cannot be read as an image"):
+        data.read_image(tmp_path / "bad one.png")
+
+
+def test_without_valid_a_tenth_of_train_is_held_out(image_folder, tmp_path):
+    folder = image_folder(("a", "b"), (("train", 20), ("test", 2)))
+    dataset = data.load(str(folder), tmp_path / "root")
+    assert torch.bincount(dataset.valid.labels).tolist() == [2, 2]
+    assert torch.bincount(dataset.train.labels).tolist() == [18, 18]
+    together = torch.cat([dataset.train.images, dataset.valid.images]).flatten(1)
+    assert len(together.unique(dim=0)) == 40
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.01, 0.1, 0.5])
+def test_fraction_keeps_as_many_of_every_class(fraction):
+    whole, part = data.load("synthetic"), data.load("synthetic", fraction=fraction)
+    assert torch.bincount(part.train.labels).tolist() == [max(1, round(200 * fraction))] * 10
+    assert len(part.valid.labels) == 500 and len(part.test.labels) == 1000
+    smaller = data.load("synthetic", fraction=fraction / 2).train.images.flatten(1).tolist()
+    assert set(map(tuple, smaller)) <= set(map(tuple, part.train.images.flatten(1).tolist()))
+    assert part.mean != whole.mean
+    assert part.mean[0] == pytest.approx((part.train.images[:, 0].double() / 255).mean().item(), abs=1e-9)
+
+
+def test_fraction_of_unequal_classes_is_equal():
+    labels = torch.tensor([0] * 100 + [1] * 4)
+    images = torch.arange(104, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    part = data._subset(data.Split(images, labels), 0.5)
+    assert torch.bincount(part.labels).tolist() == [4, 4]
+
+
+def test_classes_are_renumbered_and_keep_their_names():
+    whole = data.load("synthetic")
+    vehicles = data.load("synthetic", classes="vehicles")
+    assert vehicles.classes == ("airplane", "automobile", "ship", "truck")
+    assert torch.bincount(vehicles.train.labels).tolist() == [200] * 4
+    assert torch.equal(
+        vehicles.test.images[vehicles.test.labels == 3], whole.test.images[whole.test.labels == 9]
+    )
+    assert data.load("synthetic", classes="dog, cat").classes == ("cat", "dog")
+    with pytest.raises(ValueError, match="no class 'cow'; it has airplane"):
+        data.load("synthetic", classes="cat,cow")
+
+
+def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monkeypatch):
+    split = data.Split(
+        torch.arange(210, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), torch.arange(210)
+    )
+    cpu = torch.device("cpu")
+
+    def labels(**options):
+        return [b.tolist() for _, b in data.batches(split, 16, (0, 0, 0), (1, 1, 1), cpu, **options)]
+
+    order = labels(seed=1, epoch=1)
+    assert [len(batch) for batch in order] == [16] * 13 + [2]
+    assert sorted(itertools.chain(*order)) == list(range(210))
+    assert order == labels(seed=1, epoch=1)
+    assert order != labels(seed=1, epoch=2) and order != labels(seed=2, epoch=1)
+    assert list(itertools.chain(*labels())) == list(range(210))
+    monkeypatch.setattr(data, "CHUNK", 40)
+    assert order == labels(seed=1, epoch=1)
+
+
+def test_batches_are_normalised_channels_last_and_match_their_labels():
+    dataset = data.load("synthetic", fraction=0.1)
+    for images, labels in data.batches(
+        dataset.train, 64, dataset.mean, dataset.std, torch.device("cpu"), seed=1
+    ):
+        assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+        for image, label in zip(images[:3], labels[:3], strict=True):
+            pixels = image * torch.tensor(dataset.std).view(3, 1, 1) + torch.tensor(dataset.mean).view(
+                3, 1, 1
+            )
+            found = (dataset.train.images == (pixels * 255).round()).all(3).all(2).all(1).nonzero()[0, 0]
+            assert dataset.train.labels[found] == label
+    whole = torch.cat(
+        [i for i, _ in data.batches(dataset.train, 64, dataset.mean, dataset.std, torch.device("cpu"))]
+    )
+    assert whole.mean((0, 2, 3)).abs().max() < 1e-4 and (whole.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_each_image_goes_once_through_every_stream():
+    split = data.Split(torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.arange(50))
+    streams = [[lambda images, _: images + 1], [lambda images, _: images + 2, lambda images, _: images + 3]]
+    seen = [
+        (label, int(image[0, 0, 0]))
+        for images, labels in data.batches(
+            split, 7, (0,) * 3, (1 / 255,) * 3, torch.device("cpu"), streams, 3
+        )
+        for image, label in zip(images, labels.tolist(), strict=True)
+    ]
+    assert sorted(seen) == sorted([(i, 1) for i in range(50)] + [(i, 5) for i in range(50)])
+
+
+def test_a_last_batch_of_one_joins_the_one_before_when_shuffled():
+    """Batch norm cannot train on a single 1x1 map."""
+    split = data.Split(torch.zeros(33, 3, 2, 2, dtype=torch.uint8), torch.arange(33))
+    sizes = [len(b) for _, b in data.batches(split, 16, (0,) * 3, (1,) * 3, torch.device("cpu"), seed=1)]
+    assert sizes == [16, 17]
+
+
+# Downloads, from a real server on this machine
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serves `files` (path -> bytes); a path with /cut closes after half, /stall stops half-way."""
+    files, asked = {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            content = files.get(self.path)
+            if content is None:
+                self.send_error(500 if "broken" in self.path else 404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            half = "cut" in self.path or "stall" in self.path
+            try:
+                self.wfile.write(content[: len(content) // 2] if half else content)
+                if "stall" in self.path:
+                    time.sleep(3)
+            except OSError:
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http_server.serve_forever, daemon=True).start()
+    yield files, asked, f"http://127.0.0.1:{http_server.server_port}"
+    http_server.shutdown()
+    http_server.server_close()
+
+
+@pytest.fixture
+def archive(image_folder):
+    folder = image_folder(data.CLASSES, (("train", 2), ("valid", 1), ("test", 1)), name="tree")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for split in data.SPLITS:
+            tar.add(folder / split, split)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def cinic10(server, archive, monkeypatch):
+    files, asked, address = server
+    files["/good.tar.gz"] = files["/cut.tar.gz"] = files["/stall.tar.gz"] = archive
+    files["/other.tar.gz"] = b"x" * len(archive)
+    monkeypatch.setattr(data, "CINIC10_SIZE", len(archive))
+    monkeypatch.setattr(data, "CINIC10_MD5", hashlib.md5(archive).hexdigest())
+    monkeypatch.setattr(data, "STALLED", 0.5)
+
+    def links(*names):
+        monkeypatch.setattr(data, "CINIC10_URLS", [f"{address}/{name}.tar.gz" for name in names])
+
+    links("good")
+    return links, asked
+
+
+def test_cinic10_is_fetched_once_whatever_the_first_links_do(cinic10, tmp_path):
+    links, asked = cinic10
+    links("missing", "broken", "cut", "other", "stall", "good")
+    dataset = data.load("cinic10", tmp_path / "root")
+    assert dataset.name == "cinic10" and dataset.classes == data.CLASSES
+    assert [len(getattr(dataset, s).labels) for s in data.SPLITS] == [20, 10, 10]
+    assert {path for path in asked} == {
+        f"/{n}.tar.gz" for n in ("missing", "broken", "cut", "other", "stall", "good")
+    }
+    count = len(asked)
+    data.load("cinic10", tmp_path / "root")
+    assert len(asked) == count
+    assert sorted(p.name for p in (tmp_path / "root").iterdir()) == ["CINIC-10.tar.gz", "cache", "cinic10"]
+
+
+def test_cinic10_that_is_there_is_used_as_it_is(cinic10, archive, tmp_path):
+    _, asked = cinic10
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "CINIC-10.tar.gz").write_bytes(archive)
+    assert len(data.load("cinic10", tmp_path / "packed").train.labels) == 20
+    with tarfile.open(tmp_path / "packed" / "CINIC-10.tar.gz") as tar:
+        tar.extractall(tmp_path / "unpacked" / "CINIC-10", filter="data")
+    assert len(data.load("cinic10", tmp_path / "unpacked").train.labels) == 20
+    os.rename(tmp_path / "unpacked" / "CINIC-10", tmp_path / "elsewhere")  # the cache is enough
+    assert len(data.load("cinic10", tmp_path / "unpacked").train.labels) == 20
+    assert asked == []
+
+
+def test_an_interrupted_download_is_never_taken_for_whole(cinic10, archive, tmp_path):
+    links, _ = cinic10
+    links("cut", "missing")
+    with pytest.raises(RuntimeError, match="cannot be fetched .*404.*--data cifar10"):
+        data.load("cinic10", tmp_path / "root")
+    assert list((tmp_path / "root").iterdir()) == []
+    left = tmp_path / "root" / ".unfinished-1"  # as a killed process leaves it
+    left.mkdir()
+    (left / "CINIC-10.tar.gz").write_bytes(archive[:1000])
+    os.utime(left, (0, 0))
+    links("good")
+    assert len(data.load("cinic10", tmp_path / "root").train.labels) == 20
+    assert not left.exists()
+
+
+def test_a_damaged_archive_of_the_users_is_named_and_kept(cinic10, archive, tmp_path):
+    (tmp_path / "CINIC-10.tar.gz").write_bytes(archive[:-1] + b"x")
+    with pytest.raises(RuntimeError, match=r"CINIC-10\.tar\.gz is damaged"):
+        data.load("cinic10", tmp_path)
+    assert (tmp_path / "CINIC-10.tar.gz").exists()
+
+
+@pytest.mark.parametrize("kind", ["..", "link", "device"])
+def test_a_tar_member_that_would_leave_its_folder_is_refused(kind, tmp_path):
+    member = tarfile.TarInfo("../escaped" if kind == ".." else "train/x")
+    if kind == "link":
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc"
+    if kind == "device":
+        member.type = tarfile.CHRTYPE
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
+        tar.addfile(member)
+    (tmp_path / "inner").mkdir()
+    with pytest.raises(RuntimeError, match="cannot be unpacked"):
+        data._unpack(tmp_path / "bad.tar.gz", tmp_path / "inner" / "folder")
+    assert list((tmp_path / "inner").iterdir()) == [] and not (tmp_path / "escaped").exists()
+
+
+def test_cifar10_comes_through_torchvision_and_500_of_a_class_are_held_out(server, tmp_path, monkeypatch):
+    """An archive of the shape of cifar-10-python.tar.gz, with a hundredth of its images."""
+    files, _, address = server
+    generator = np.random.default_rng(0)
+
+    def batch(number):
+        labels = [i % 10 for i in range(100)]
+        return pickle.dumps(
+            {"data": generator.integers(0, 256, (100, 3072), dtype=np.uint8), "labels": labels}
+        )
+
+    members = {
+        name: batch(i) for i, (name, _) in enumerate(datasets.CIFAR10.train_list + datasets.CIFAR10.test_list)
+    }
+    members["batches.meta"] = pickle.dumps({"label_names": list(data.CLASSES)})
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    files["/cifar.tar.gz"] = buffer.getvalue()
+
+    def md5(content):
+        return hashlib.md5(content).hexdigest()
+
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar.tar.gz")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(buffer.getvalue()))
+    for attribute in ("train_list", "test_list"):
+        names = [[name, md5(members[name])] for name, _ in getattr(datasets.CIFAR10, attribute)]
+        monkeypatch.setattr(datasets.CIFAR10, attribute, names)
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": md5(members["batches.meta"])}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+
+    dataset = data.load("cifar10", tmp_path)
+    assert dataset.classes == data.CLASSES
+    assert torch.bincount(dataset.train.labels).tolist() == [45] * 10
+    assert torch.bincount(dataset.valid.labels).tolist() == [5] * 10
+    reference = datasets.CIFAR10(tmp_path, train=False)
+    assert np.array_equal(dataset.test.images.numpy(), reference.data.transpose(0, 3, 1, 2))
+    assert dataset.test.labels.tolist() == reference.targets
+    every = torch.cat([dataset.train.images, dataset.valid.images]).flatten(1)
+    original = torch.from_numpy(
+        datasets.CIFAR10(tmp_path, train=True).data.transpose(0, 3, 1, 2).reshape(500, -1)
+    )
+    assert torch.equal(every[:, :50].unique(dim=0), original[:, :50].unique(dim=0))
+
+
+# What a user sees
+
+
+def test_script_describes_a_data_set(run):
+    process = run("data.py", "--data", "synthetic", "--classes", "animals")
+    assert process.returncode == 0 and process.stderr == ""
+    for part in (
+        "6 classes: bird, cat",
+        "train 1,200, valid 300, test 600",
+        "mean:",
+        "std:",
+        "bytes:",
+        "cache:",
+    ):
+        assert part in process.stdout
+
+
+def test_no_network_is_one_line_with_the_ways_out(run, one_line):
+    nowhere = "import data; data.CINIC10_URLS = ['http://127.0.0.1:9/x']"
+    one_line(
+        run("train.py", code=nowhere),
+        1,
+        "cannot be fetched",
+        "--data cifar10",
+        "--data PATH",
+        "--data synthetic",
+    )
+    nowhere = "from torchvision import datasets; datasets.CIFAR10.url = 'http://127.0.0.1:9/x'"
+    one_line(run("train.py", "--data", "cifar10", code=nowhere), 1, "cannot be fetched", "--data synthetic")
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ("no train", ["no folder train/", "train/<class>/*"]),
+        ("no test", ["no folder test/"]),
+        ("empty class", ["valid/dog is empty"]),
+        ("missing class", ["no folder for class 'dog'"]),
+        ("bad image", ["train/cat/0.png cannot be read as an image"]),
+    ],
+)
+def test_a_wrong_folder_is_one_line(broken, words, image_folder, run, one_line):
+    folder = image_folder()
+    {
+        "no train": lambda: os.rename(folder / "train", folder / "training"),
+        "no test": lambda: os.rename(folder / "test", folder / "testing"),
+        "empty class": lambda: [file.unlink() for file in (folder / "valid" / "dog").iterdir()],
+        "missing class": lambda: os.rename(folder / "valid" / "dog", folder / "dog"),
+        "bad image": lambda: (folder / "train" / "cat" / "0.png").write_text("no image"),
+    }[broken]()
+    one_line(run("data.py", "--data", folder), 1, *words)

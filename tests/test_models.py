@@ -1,0 +1,95 @@
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from conftest import HOUSE
+
+import models
+
+
+@pytest.mark.parametrize(
+    ("arch", "count"),
+    [
+        ("custom", 3_229_738),
+        ("resnet18", 11_310_410),
+        ("densenet121", 7_218_826),
+        ("efficientnet_b0", 4_338_054),
+    ],
+)
+def test_parameter_counts(arch, count):
+    model = models.build(arch)
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_custom_network_layer_by_layer():
+    model = models.build("custom", num_classes=7, dropout=0.3).eval()
+    seen = []
+    for layer in [*model.features, *model.classifier]:
+        layer.register_forward_hook(
+            lambda layer, _, output: seen.append((type(layer).__name__, tuple(output.shape[1:])))
+        )
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    expected = []
+    for (first, second), side in zip(((32, 64), (128, 128), (256, 256)), (32, 16, 8), strict=True):
+        for width in (first, second):
+            expected += [(kind, (width, side, side)) for kind in ("Conv2d", "BatchNorm2d", "ReLU")]
+        expected += [(kind, (second, side // 2, side // 2)) for kind in ("MaxPool2d", "Dropout")]
+    expected += [
+        ("Flatten", (4096,)),
+        ("Linear", (512,)),
+        ("ReLU", (512,)),
+        ("Dropout", (512,)),
+        ("Linear", (7,)),
+    ]
+    assert seen == expected
+    convolutions = [layer for layer in model.features if isinstance(layer, torch.nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convolutions] == [
+        (3, 32), (32, 64), (64, 128), (128, 128), (128, 256), (256, 256)]  # fmt: skip
+    assert all(c.kernel_size == (3, 3) and c.padding == (1, 1) for c in convolutions)
+    drops = [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+    assert drops == [0.3, 0.3, 0.3, 0.6]
+    assert models.build("custom", dropout=0.48).classifier[3].p == 0.9
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES[1:])
+def test_heads_stand_on_torchvisions_own_trunk(arch):
+    model = models.build(arch, num_classes=3)
+    head = model.fc if arch == "resnet18" else model.classifier
+    assert [type(layer).__name__ for layer in head] == ["Linear", "ReLU", "Linear"]
+    assert (head[0].out_features, head[2].in_features, head[2].out_features) == (256, 256, 3)
+    reference = torchvision.models.get_model(arch).state_dict()
+    trunk = {k: v.shape for k, v in model.state_dict().items() if not k.startswith(("fc", "classifier"))}
+    assert trunk == {k: v.shape for k, v in reference.items() if not k.startswith(("fc", "classifier"))}
+    assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("arch", models.ARCHITECTURES[1:])
+def test_pretrained_weights_come_from_torchvisions_cache(arch, tmp_path, monkeypatch):
+    """A file of the name that torchvision fetches, put where it looks for it, ends up in the trunk."""
+    reference = torchvision.models.get_model(arch)
+    torch.nn.init.constant_(next(reference.parameters()), 0.25)
+    url = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(reference.state_dict(), tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1])
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    model = models.build(arch, num_classes=4, pretrained=True)
+    assert next(model.parameters()).unique().tolist() == [0.25]
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="unknown architecture 'vgg'"):
+        models.build("vgg")
+    with pytest.raises(ValueError, match="resnet18 has no dropout"):
+        models.build("resnet18", dropout=0.1)
+    with pytest.raises(ValueError, match="custom has no pretrained"):
+        models.build("custom", pretrained=True)
+
+
+def test_models_work_alone_in_another_project(tmp_path):
+    shutil.copy(HOUSE / "models.py", tmp_path)
+    code = "import models, torch; models.build('custom')(torch.zeros(2, 3, 32, 32))"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,0 +1,336 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import HOUSE
+from sklearn import metrics as oracle
+
+import data
+import train
+
+TINY = ("--data", "synthetic", "--classes", "cat,dog", "--fraction", 0.1, "--epochs", 2)
+
+
+def results(folder):
+    """Every result file below a folder, times and memory aside."""
+    found = {}
+    for path in sorted(folder.rglob("seed*.json")):
+        result = json.loads(path.read_text())
+        for entry in result["history"]:
+            del entry["seconds"], entry["images_per_second"]
+        for name in ("seconds", "peak_memory_bytes"):
+            del result[name]
+        del result["config"]["out"], result["config"]["force"], result["config"]["root"]
+        found[str(path.relative_to(folder))] = result
+    return found
+
+
+def weights(folder):
+    return {
+        str(path.relative_to(folder)): torch.load(path, weights_only=True)
+        for path in sorted(folder.rglob("*.pt"))
+    }
+
+
+def assert_same_bits(first, second):
+    assert results(first) == results(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and ours
+    for name, state in ours.items():
+        assert all(torch.equal(value, theirs[name][key]) for key, value in state.items())
+
+
+# Metrics
+
+
+@pytest.mark.parametrize(
+    "case", ["random", "perfect", "empty class", "never predicted", "one class", "absent class"]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_equal_scikit_learns(case, seed):
+    generator = np.random.default_rng(seed)
+    labels, predictions = generator.integers(0, 10, 500), generator.integers(0, 10, 500)
+    if case == "perfect":
+        predictions = labels
+    if case == "empty class":
+        labels = np.where(labels == 3, 4, labels)
+    if case == "never predicted":
+        predictions = np.where(predictions == 3, 4, predictions)
+    if case == "one class":
+        labels, predictions = labels * 0 + 2, predictions * 0 + 2
+    if case == "absent class":
+        labels, predictions = labels % 7, predictions % 7
+    confusion = train.confusion_matrix(torch.from_numpy(predictions), torch.from_numpy(labels), 10)
+    assert np.array_equal(confusion.numpy(), oracle.confusion_matrix(labels, predictions, labels=range(10)))
+    ours = train.metrics(confusion, 0.5)
+    assert ours["accuracy"] == pytest.approx(oracle.accuracy_score(labels, predictions), abs=1e-12)
+    for name in ("precision", "recall", "f1"):
+        score = getattr(oracle, f"{name}_score")(labels, predictions, average="macro", zero_division=0)
+        assert ours[name] == pytest.approx(score, abs=1e-12)
+
+
+def test_totals_of_unequal_batches_are_means_over_images():
+    logits, labels = torch.randn(50, 10), torch.randint(0, 10, (50,))
+    totals = train.Totals(10, torch.device("cpu"))
+    for rows in (slice(0, 32), slice(32, 50)):
+        totals.count(
+            logits[rows], labels[rows], torch.nn.functional.cross_entropy(logits[rows], labels[rows])
+        )
+    found = totals.metrics()
+    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
+    assert found["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
+
+
+# The loop
+
+
+def test_train_step_equals_the_textbook_step():
+    """Against PyTorch's own modules in plain layout: same losses and same weights after three steps."""
+    parts = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        model = train.models.build("custom")
+        images, labels = torch.randn(3, 8, 3, 32, 32), torch.randint(0, 10, (3, 8))
+        if plain:
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=False, foreach=False)
+            for batch, target in zip(images, labels, strict=True):
+                optimizer.zero_grad()
+                torch.nn.CrossEntropyLoss()(model(batch), target).backward()
+                optimizer.step()
+        else:
+            model = model.to(memory_format=torch.channels_last)
+            optimizer = torch.optim.Adam(model.parameters(), lr=0.001, fused=True)
+            autocast = torch.autocast("cpu", enabled=False)
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            totals = train.Totals(10, torch.device("cpu"))
+            batches = [
+                (b.contiguous(memory_format=torch.channels_last), t)
+                for b, t in zip(images, labels, strict=True)
+            ]
+            train.train_epoch(model, optimizer, scaler, autocast, batches, totals, data.Progress("", 24))
+            assert totals.confusion.sum() == 24
+        parts.append(model.eval()(torch.ones(1, 3, 32, 32)))
+    assert torch.allclose(*parts, atol=2e-3)
+
+
+def test_five_epochs_learn_the_synthetic_set(run, tmp_path):
+    process = run("train.py", "--data", "synthetic", "--epochs", 5, "--amp", "bf16", "--out", tmp_path)
+    assert process.returncode == 0, process.stderr
+    (result,) = results(tmp_path).values()
+    assert result["test"]["accuracy"] > 0.9
+    assert result["history"][0]["valid"]["accuracy"] > 0.2
+    assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("arch", train.models.ARCHITECTURES)
+def test_same_command_twice_gives_the_same_bits(arch, run, tmp_path):
+    for out in ("a", "b"):
+        process = run(
+            "train.py", *TINY, "--arch", arch, "--aug", "flip", "--batch-size", 8, "--out", tmp_path / out
+        )
+        assert process.returncode == 0, process.stderr
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_every_optimizer_learns(optimizer):
+    args = type("Args", (), {"optimizer": optimizer, "lr": 0.01, "weight_decay": 1e-4, "momentum": 0.0})
+    args.momentum = 0.9 if optimizer in ("sgd", "rmsprop") else 0.0
+    weight = torch.nn.Parameter(torch.ones(3))
+    made = train.make_optimizer([weight], args, torch.device("cpu"))
+    assert isinstance(made, train.OPTIMIZERS[optimizer])
+    assert made.defaults["lr"] == 0.01 and made.defaults["weight_decay"] == 1e-4
+    for _ in range(5):
+        made.zero_grad()
+        (weight**2).sum().backward()
+        made.step()
+    assert (weight < 1).all()
+
+
+def test_killed_and_started_again_a_run_ends_with_the_same_bits(run, tmp_path):
+    command = ["train.py", *TINY[:-1], 6, "--aug", "flip", "--dropout", 0.2]
+    assert run(*command, "--out", tmp_path / "whole").returncode == 0
+    started = [
+        sys.executable,
+        str(HOUSE / "train.py"),
+        *map(str, command[1:]),
+        "--out",
+        str(tmp_path / "killed"),
+    ]
+    kills = 0
+    for _ in range(3):
+        process = subprocess.Popen(started, stdout=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                time.sleep(0.05 * kills)
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    process = run(*command, "--out", tmp_path / "killed")
+    assert "going on after epoch" in process.stdout
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert not list(tmp_path.rglob("*.ckpt")) and not list(tmp_path.rglob(".seed*"))
+
+
+def test_a_damaged_checkpoint_is_named_and_begun_again(tmp_path, capsys):
+    model = torch.nn.Linear(2, 2)
+    checkpoint = train.Checkpoint(tmp_path / "x.ckpt", {"lr": 1})
+    checkpoint.save({"model": model}, [{"epoch": 1}])
+    assert checkpoint.restore({"model": model}) == [{"epoch": 1}]
+    assert train.Checkpoint(tmp_path / "x.ckpt", {"lr": 2}).restore({"model": model}) == []
+    content = bytearray((tmp_path / "x.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "x.ckpt").write_bytes(content)
+    assert checkpoint.restore({"model": model}) == []
+    assert "x.ckpt is damaged" in capsys.readouterr().out
+
+
+# Results
+
+
+def test_result_file_skip_and_force(run, tmp_path):
+    command = ("train.py", *TINY, "--seed", 1, 2, "--out", tmp_path)
+    first = run(*command)
+    assert first.returncode == 0 and first.stderr == "" and "\r" not in first.stdout
+    assert first.stdout.count("2 classes: cat, dog") == 1  # loaded once
+    assert "mean ± std" in first.stdout
+    folder = tmp_path / "custom-none-synthetic-only-cat+dog-p0.1-epochs2"
+    assert sorted(os.listdir(folder)) == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
+    result = json.loads((folder / "seed2.json").read_text())
+    assert list(result) == ["version", "config", "data", "environment", "history", "test", "confusion", "seconds",
+                            "peak_memory_bytes"]  # fmt: skip
+    assert result["config"]["seed"] == 2 and result["config"]["lr"] == 0.001
+    assert result["data"]["classes"] == ["cat", "dog"]
+    assert [result["data"][split] for split in data.SPLITS] == [40, 100, 200]
+    assert set(result["environment"]) == {"python", "torch", "torchvision", "device", "commit"}
+    assert set(result["history"][0]) == {"epoch", "train", "valid", "seconds", "images_per_second"}
+    for metrics in (result["test"], result["history"][1]["train"], result["history"][1]["valid"]):
+        assert set(metrics) == set(train.METRICS)
+    confusion = np.array(result["confusion"])
+    assert confusion.sum() == 200 and np.trace(confusion) / 200 == result["test"]["accuracy"]
+    model = train.models.build("custom", 2)
+    model.load_state_dict(torch.load(folder / "seed2.pt", weights_only=True))
+
+    before = (folder / "seed1.json").stat().st_mtime_ns
+    (folder / "seed2.json").write_text("{")
+    again = run(*command)
+    assert "seed 1: skipped" in again.stdout and "seed2.json is no result file" in again.stdout
+    assert (folder / "seed1.json").stat().st_mtime_ns == before
+    run(*command, "--force")
+    assert (folder / "seed1.json").stat().st_mtime_ns > before
+
+
+def parse(monkeypatch, *arguments):
+    """The name that the command line gives to its run."""
+    names = []
+    monkeypatch.setattr(train, "run_seeds", lambda args, name, train_one: names.append(name))
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    train.main()
+    return names[0]
+
+
+def test_runs_are_named_after_what_differs_from_the_recipe(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "my set").mkdir(parents=True)
+    assert parse(monkeypatch) == "custom-none"
+    assert parse(monkeypatch, "--arch", "densenet121", "--aug", "flip", "--seed", 3) == "densenet121-flip"
+    assert parse(monkeypatch, "--arch", "efficientnet", "--lr", 0.002) == "efficientnet_b0-none-lr0.002"
+    assert parse(monkeypatch, "--data", "cifar10", "--epochs", 30) == "custom-none-cifar10-epochs30"
+    assert parse(monkeypatch, "--batch-size", 64, "--lr", 0.001, "--amp", "auto") == "custom-none"
+    different = [("--data", "data/my set"), ("--data", tmp_path / "data"), ("--classes", "cat,dog"), ("--lr", 0.0010001),
+                 ("--classes", "vehicles"), ("--fraction", 0.01), ("--batch-size", 4), ("--optimizer", "adamax"),
+                 ("--optimizer", "sgd"), ("--optimizer", "sgd", "--momentum", 0.9), ("--weight-decay", 0.0001),
+                 ("--dropout", 0.2), ("--amp", "bf16"), ("--arch", "resnet18", "--pretrained"), ("--arch", "resnet18")]  # fmt: skip
+    names = [parse(monkeypatch, *arguments) for arguments in different]
+    assert len(set(names)) == len(names)
+    assert parse(monkeypatch, "--classes", "dog,cat") == parse(monkeypatch, "--classes", "cat, dog")
+    assert all(len(name) < 200 and "/" not in name and " " not in name for name in names)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--arch", "vgg"], ["--arch", "vgg", "resnet18"]),
+        (["--aug", "flip+zoom"], ["zoom", "none, flip"]),
+        (["--data", "no/such"], ["--data no/such", "cinic10, cifar10, synthetic"]),
+        (["--optimizer", "lion"], ["--optimizer", "lion", "adamax"]),
+        (["--data", "synthetic", "--classes", "cow"], ["--classes cow", "airplane"]),
+        (["--fraction", "0"], ["--fraction", "above 0"]),
+        (["--fraction", "1.5"], ["--fraction", "up to 1"]),
+        (["--epochs", "0"], ["--epochs", "above 0"]),
+        (["--epochs", "1.5"], ["--epochs", "integer"]),
+        (["--batch-size", "-4"], ["--batch-size", "above 0"]),
+        (["--lr", "0"], ["--lr", "above 0"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--weight-decay", "-1"], ["--weight-decay", "at least 0"]),
+        (["--dropout", "1"], ["--dropout", "below 1"]),
+        (["--arch", "resnet18", "--dropout", "0.1"], ["resnet18", "dropout"]),
+        (["--pretrained"], ["custom", "pretrained"]),
+        (["--momentum", "0.9"], ["--momentum", "sgd"]),
+        (["--seed", "one"], ["--seed", "one"]),
+        (["--device", "gpu"], ["--device gpu"]),
+        (["--device", "cpu", "--amp", "fp16"], ["fp16", "bf16"]),
+        (["--colour"], ["--colour"]),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_2(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        data.command_line(train.main)
+    shown = capsys.readouterr().err
+    assert ended.value.code == 2 and shown.count("\n") == 1, shown
+    assert all(word in shown for word in ["train.py: error:", *words]), shown
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_script_itself_ends_with_one_line(run, one_line, tmp_path):
+    one_line(run("train.py", "--arch", "vgg"), 2, "vgg", "custom")
+    one_line(
+        run("train.py", "--data", "synthetic", "--device", "cuda", CUDA_VISIBLE_DEVICES=""),
+        2,
+        "--device cuda",
+    )
+    unreachable = "import torch.hub as h; h.download_url_to_file = lambda *a, **k: open('/no/network')"
+    command = ("train.py", *TINY, "--arch", "resnet18", "--pretrained")
+    one_line(
+        run(*command, code=unreachable, TORCH_HOME=str(tmp_path)),
+        1,
+        "resnet18",
+        "cannot be fetched",
+        "TORCH_HOME",
+    )
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_leaves_no_result(run, one_line, tmp_path):
+    process = run("train.py", *TINY, "--optimizer", "sgd", "--lr", 1e30, "--out", tmp_path)
+    one_line(process, 1, "loss became", "epoch", "--lr")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_nothing_half_written_is_left_when_the_disk_is_full(run, tmp_path):
+    """ulimit -f: no file may grow beyond 1 MiB; the weights have 13."""
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+    process = run("train.py", *TINY, "--out", tmp_path, code=limit)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "File too large" in process.stderr
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_help_names_every_argument(run):
+    shown = run("train.py", "--help").stdout
+    for name in ("arch", "aug", "data", "root", "fraction", "classes", "epochs", "batch-size", "lr", "optimizer",
+                 "momentum", "weight-decay", "dropout", "pretrained", "seed", "device", "amp", "out", "force"):  # fmt: skip
+        assert f"--{name}" in shown

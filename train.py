@@ -1,0 +1,534 @@
+"""Train one network on 32x32 images; test it; write what happened to results/<run>/seed<k>.json.
+
+    python train.py --data synthetic --epochs 3                   # runs anywhere, in a minute
+    python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, fetched at the first run
+    python train.py --data path/to/folder --arch custom --seed 1 2 3
+    python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
+
+Left alone, a setting is the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, no schedule.
+A run whose result is there is skipped; one that was stopped goes on from its last whole epoch.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import tabulate
+import torch
+import torchvision
+from torch.nn import functional as F
+
+import augment
+import data
+import models
+
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamax": torch.optim.Adamax,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "nadam": torch.optim.NAdam,
+}
+METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+EVALUATION_BATCH = 256  # does not touch the numbers; larger ones leave a CPU's cache
+
+# How a setting shows in a run's name when it differs from the recipe, in this order
+TAGS = {
+    "data": lambda value: data.key(value),
+    "classes": lambda value: "only-" + value.replace(",", "+"),
+    "fraction": lambda value: f"p{value!r}",
+    "epochs": lambda value: f"epochs{value}",
+    "batch_size": lambda value: f"batch{value}",
+    "lr": lambda value: f"lr{value!r}",
+    "optimizer": lambda value: value,
+    "momentum": lambda value: f"momentum{value!r}",
+    "weight_decay": lambda value: f"wd{value!r}",
+    "dropout": lambda value: f"dropout{value!r}",
+    "pretrained": lambda value: "pretrained",
+    "amp": lambda value: f"amp-{value}",
+}
+
+
+# Metrics
+
+
+def confusion_matrix(predictions, labels, num_classes):
+    """Count predictions (columns) of every true class (rows), without a wait for the device.
+
+    predictions, labels: int64 (N,), on one device. Returns int64 (num_classes, num_classes).
+    """
+    cells = labels * num_classes + predictions
+    counts = torch.zeros(num_classes**2, dtype=torch.int64, device=labels.device)
+    return counts.index_add_(0, cells, torch.ones_like(cells)).view(num_classes, num_classes)
+
+
+def metrics(confusion, loss):
+    """METRICS as floats, of a confusion matrix int64 (C, C) and the mean loss.
+
+    Precision, recall and F1 are macro averages over the classes that occur among labels or predictions, a
+    ratio with nothing below it counts 0: scikit-learn's average="macro", zero_division=0.
+    """
+    confusion = confusion.double().cpu()
+    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    occurs = true + predicted > 0
+
+    def macro(numerator, denominator):
+        return (numerator / denominator.clamp(min=1))[occurs].mean().item()
+
+    return {
+        "loss": float(loss),
+        "accuracy": (hits.sum() / true.sum()).item(),
+        "precision": macro(hits, predicted),
+        "recall": macro(hits, true),
+        "f1": macro(2 * hits, true + predicted),
+    }
+
+
+class Totals:
+    """Loss and confusion matrix of an epoch, adding up on the device; read once, at its end."""
+
+    def __init__(self, num_classes, device):
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.loss = torch.zeros((), dtype=exact, device=device)
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+
+    def count(self, logits, labels, loss):
+        """Add a batch. logits: float (B, C); labels: int64 (B,); loss: its mean, 0-dimensional."""
+        self.loss += loss.detach() * len(labels)
+        self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
+
+    def metrics(self):
+        """Waits for the device."""
+        return metrics(self.confusion, self.loss.item() / self.confusion.sum().item())
+
+
+# The loop
+
+
+def train_step(model, optimizer, scaler, autocast, images, labels, totals):
+    """Forward, loss, backward, step, count."""
+    with autocast:
+        logits = model(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    totals.count(logits, labels, loss)
+
+
+def train_epoch(model, optimizer, scaler, autocast, batches, totals, progress):
+    """One pass over `batches`. Nothing on the device is read here, so that the host runs ahead of it."""
+    model.train()
+    for images, labels in batches:
+        train_step(model, optimizer, scaler, autocast, images, labels, totals)
+        progress(len(labels))
+    progress.clear()
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches, totals):
+    """Count the predictions of a model in eval mode."""
+    model.eval()
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        totals.count(logits, labels, F.cross_entropy(logits.float(), labels))
+    return totals
+
+
+def train(args, seed, dataset, device, checkpoint):
+    """One supervised run of `args.epochs` epochs, from its checkpoint if there is one.
+
+    Returns the weights tested and the run's part of a result file: history, test, confusion, seconds.
+    """
+    torch.manual_seed(seed)
+    model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model.parameters(), args, device)
+    dtype = precision(args.amp, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    streams = augment.parse(args.aug)
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    history = checkpoint.restore(stateful)
+    normalisation = (dataset.mean, dataset.std, device)
+    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype or torch.float32}")
+
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        torch.manual_seed(data.seed_from(seed, epoch, "dropout"))  # so that a resumed run draws the same
+        started = time.monotonic()
+        count = len(dataset.train.labels) * len(streams)
+        totals = Totals(len(dataset.classes), device)
+        batches = data.batches(dataset.train, args.batch_size, *normalisation, streams, seed, epoch)
+        progress = data.Progress(f"epoch {epoch}/{args.epochs}", count)
+        train_epoch(model, optimizer, scaler, autocast, batches, totals, progress)
+        trained = totals.metrics()
+        trained_seconds = time.monotonic() - started
+        if not math.isfinite(trained["loss"]):
+            raise RuntimeError(
+                f"the loss became {trained['loss']} in epoch {epoch}: lower --lr, or use --amp off"
+            )
+        batches = data.batches(dataset.valid, EVALUATION_BATCH, *normalisation)
+        valid = evaluate(model, autocast, batches, Totals(len(dataset.classes), device)).metrics()
+        seconds = time.monotonic() - started
+        rate = count / trained_seconds
+        entry = {
+            "epoch": epoch,
+            "train": trained,
+            "valid": valid,
+            "seconds": seconds,
+            "images_per_second": rate,
+        }
+        history.append(entry)
+        if epoch < args.epochs:
+            checkpoint.save(stateful, history)
+        print(epoch_line(entry, args.epochs), flush=True)
+
+    batches = data.batches(dataset.test, EVALUATION_BATCH, *normalisation)
+    totals = evaluate(model, autocast, batches, Totals(len(dataset.classes), device))
+    return model.state_dict(), {
+        "history": history,
+        "test": totals.metrics(),
+        "confusion": totals.confusion.tolist(),
+    }
+
+
+def epoch_line(entry, epochs):
+    parts = [f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"]
+    parts += [
+        f"{p} loss {entry[p]['loss']:.4f} accuracy {entry[p]['accuracy']:.4f}" for p in ("train", "valid")
+    ]
+    left = entry["seconds"] * (epochs - entry["epoch"])
+    parts.append(f"{entry['seconds']:.1f} s, {entry['images_per_second']:,.0f} images/s, {left:.0f} s left")
+    return "  ".join(parts)
+
+
+def make_optimizer(parameters, args, device):
+    """The optimizer of OPTIMIZERS with args.lr, args.weight_decay and, for sgd and rmsprop, args.momentum;
+    fused into one kernel where PyTorch has one."""
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if args.momentum:
+        options["momentum"] = args.momentum
+    if device.type in ("cpu", "cuda") and args.optimizer in ("adam", "adamw", "sgd"):
+        options["fused"] = True
+    return OPTIMIZERS[args.optimizer](parameters, **options)
+
+
+def choose_device(name):
+    """A torch.device; auto is cuda, else mps, else cpu. Raises ValueError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind, _, index = name.partition(":")
+    if not there.get(kind):
+        raise ValueError(f"--device {name}: there is no such device here; use auto or cpu")
+    if index and not (index.isdigit() and (kind != "cuda" or int(index) < torch.cuda.device_count())):
+        raise ValueError(f"--device {name}: there is no such device here; use auto or {kind}")
+    return torch.device(name)
+
+
+def precision(amp, device):
+    """The dtype to compute in, None for float32. auto: on CUDA bf16 where the GPU has it, else fp16."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if amp == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16: a CPU has no fast fp16; use bf16 or off")
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+# Files
+
+
+def write_whole(path, content):
+    """Bytes to a file that is there whole or not at all, whatever happens on the way."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def torch_bytes(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+class Checkpoint:
+    """Where an unfinished run can go on: a file that begins with the checksum of what follows.
+
+    settings: what the run computes with; a checkpoint of other settings is not gone on from.
+    """
+
+    def __init__(self, path, settings):
+        self.path, self.settings = path, settings
+
+    def save(self, stateful, history):
+        """stateful: {name: object with state_dict()}; history: a list that JSON can hold."""
+        states = {name: thing.state_dict() for name, thing in stateful.items()}
+        content = torch_bytes({"settings": self.settings, "history": history, "states": states})
+        write_whole(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+    def restore(self, stateful):
+        """Load the saved states into `stateful` and return the saved history; [] if there is none to use."""
+        if not self.path.exists():
+            return []
+        digest, _, content = self.path.read_bytes().partition(b"\n")
+        if hashlib.sha256(content).hexdigest().encode() != digest:
+            print(f"{self.path} is damaged: the run begins again")
+            return []
+        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if saved["settings"] != self.settings:
+            print(f"{self.path} is of other settings: the run begins again")
+            return []
+        for name, thing in stateful.items():
+            thing.load_state_dict(saved["states"][name])
+        print(f"going on after epoch {len(saved['history'])} ({self.path})")
+        return saved["history"]
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
+def read_result(path):
+    """A finished run's result, or None; a file that is none is named and counts as not there."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text())
+        if result["version"] == 1 and result["test"]:
+            return result
+    except (ValueError, KeyError, TypeError):
+        pass
+    print(f"{path} is no result file: the run is done again")
+    return None
+
+
+def environment(device):
+    """Versions, the device's name, and the commit of this code, for a result file."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"
+        if device.type == "cpu"
+        else name,
+        "commit": commit,
+    }
+
+
+def peak_memory_bytes(device):
+    """The most memory the run held: on the GPU where it ran there, else in the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+# Runs
+
+
+def run_name(args, first, recipe):
+    """The folder of a run: `first` (architecture, augmentation), then what differs from the recipe."""
+    changed = [tag(getattr(args, key)) for key, tag in TAGS.items() if getattr(args, key) != recipe(key)]
+    return "-".join([*first, *changed])
+
+
+def run_seeds(args, name, train_one):
+    """Do what is missing of a run, seed by seed, with the data loaded once; then print a table.
+
+    train_one(args, seed, dataset, device, checkpoint) returns weights and a part of a result.
+    """
+    device = choose_device(args.device)
+    precision(args.amp, device)  # complains now, not after loading
+    make_repeatable()
+    folder = Path(args.out) / name
+    dataset, results = None, {}
+    for seed in args.seed:
+        path = folder / f"seed{seed}.json"
+        settings = {
+            key: getattr(args, key) for key in vars(args) if key not in ("seed", "out", "root", "force")
+        }
+        checkpoint = Checkpoint(path.with_suffix(".ckpt"), {**settings, "seed": seed})
+        if args.force:
+            checkpoint.remove()
+        elif result := read_result(path):
+            print(f"{name} seed {seed}: skipped, its result is there ({path}); --force does it again")
+            results[seed] = result
+            continue
+        if dataset is None:
+            dataset = data.load(args.data, args.root, args.fraction, args.classes)
+            print(data.describe(dataset))
+            on_device = {part: data.to_device(getattr(dataset, part), device) for part in data.SPLITS}
+            dataset = dataset._replace(**on_device)
+        print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        weights, outcome = train_one(args, seed, dataset, device, checkpoint)
+        results[seed] = {
+            "version": 1,
+            "config": {**vars(args), "seed": seed},
+            "data": {
+                "name": dataset.name,
+                "classes": dataset.classes,
+                **{part: len(getattr(dataset, part).labels) for part in data.SPLITS},
+                "mean": dataset.mean,
+                "std": dataset.std,
+            },
+            "environment": environment(device),
+            **outcome,
+            "seconds": sum(entry["seconds"] for entry in outcome["history"]),
+            "peak_memory_bytes": peak_memory_bytes(device),
+        }
+        write_whole(path.with_suffix(".pt"), torch_bytes(weights))
+        write_whole(path, json.dumps(results[seed], indent=1).encode())
+        checkpoint.remove()
+    print(f"\n{name}, test split\n{result_table(results)}")
+    return results
+
+
+def result_table(results):
+    """A row of METRICS for each seed and, of several, their mean and standard deviation (n - 1)."""
+    rows = [[seed, *(f"{result['test'][m]:.4f}" for m in METRICS)] for seed, result in results.items()]
+    if len(results) > 1:
+        values = torch.tensor([[result["test"][m] for m in METRICS] for result in results.values()]).double()
+        spread = zip(values.mean(0).tolist(), values.std(0).tolist(), strict=True)
+        rows.append(["mean ± std", *(f"{mean:.4f} ± {std:.4f}" for mean, std in spread)])
+    return tabulate.tabulate(rows, ["seed", *METRICS], disable_numparse=True)
+
+
+def make_repeatable():
+    """The same bits for the same command on the same machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # it costs, and nothing here reads such memory
+    )
+    torch.backends.cudnn.benchmark = False
+
+
+# Command line
+
+
+def number(kind, low, high=math.inf, low_itself=False):
+    """An argparse type: a finite number above `low` (or `low` itself), below `high`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value < high and (value > low or low_itself):
+                return value
+        bounds = f"{'at least' if low_itself else 'above'} {low}" + (
+            f" and below {high}" if high < math.inf else ""
+        )
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a{'n integer' if kind is int else ' number'} {bounds}"
+        )
+
+    return parse
+
+
+def add_run_arguments(parser):
+    """The arguments that every run has, whatever it trains."""
+    data.add_arguments(parser)
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=number(int, 0, 2**31, True), nargs="+", default=[1], metavar="K",
+                       help="one or several, one after the other (default: 1)")  # fmt: skip
+    group.add_argument(
+        "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps"
+    )
+    group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+                       help="number format: auto is bf16 on a GPU that has it, else fp16 with a gradient scaler, and "
+                       "float32 on a CPU")  # fmt: skip
+    group.add_argument("--out", default="results", help="folder for results (default: %(default)s)")
+    group.add_argument("--force", action="store_true", help="run again even if the result is there")
+
+
+def add_training_arguments(parser):
+    """The arguments of supervised training, at the recipe of the slides."""
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--epochs", type=number(int, 0), default=10, help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=number(int, 0), default=64, help="(default: %(default)s)")
+    group.add_argument(
+        "--lr", type=number(float, 0), default=0.001, help="learning rate (default: %(default)s)"
+    )
+    group.add_argument("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
+    group.add_argument(
+        "--momentum", type=number(float, 0, 1, True), default=0.0, help="of sgd and rmsprop (default: 0)"
+    )
+    group.add_argument(
+        "--weight-decay", type=number(float, 0, low_itself=True), default=0.0, help="(default: 0)"
+    )
+    group.add_argument("--dropout", type=number(float, 0, 1, True), default=0.0, help="k of the custom network: k after "
+                       "each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
+
+
+def check(args):
+    """Raise ValueError for arguments that do not go together; give each setting its one spelling."""
+    if args.arch == "efficientnet":
+        args.arch = "efficientnet_b0"
+    if args.classes and args.classes not in data.GROUPS:
+        args.classes = ",".join(sorted({name.strip() for name in args.classes.split(",")}))
+    augment.parse(args.aug)
+    if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
+        raise ValueError(f"--momentum: {args.optimizer} has none; only sgd and rmsprop do")
+    with torch.device("meta"):
+        models.build(args.arch, 10, args.dropout)
+    if args.pretrained and args.arch == "custom":
+        raise ValueError("--pretrained: custom has no pretrained weights")
+
+
+def main():
+    parser = data.new_parser(__doc__)
+    group = parser.add_argument_group("model")
+    group.add_argument("--arch", default="custom", choices=(*models.ARCHITECTURES, "efficientnet"),
+                       help="(default: %(default)s)")  # fmt: skip
+    group.add_argument("--aug", default="none", help=f"{', '.join(['none', *augment.AUGMENTATIONS])}, or several joined "
+                       "by + (default: %(default)s)")  # fmt: skip
+    group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    add_training_arguments(parser)
+    add_run_arguments(parser)
+    args = parser.parse_args()
+    check(args)
+    run_seeds(args, run_name(args, (args.arch, args.aug), parser.get_default), train)
+
+
+if __name__ == "__main__":
+    data.command_line(main)
