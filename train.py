@@ -160,7 +160,7 @@ def train(args, seed, dataset, device, checkpoint):
     dtype = precision(args.amp, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    streams = augment.parse(args.aug)
+    streams = augment.parse(args.aug, dataset.mean)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
     normalisation = (dataset.mean, dataset.std, device)
@@ -520,8 +520,8 @@ def main():
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="custom", choices=(*models.ARCHITECTURES, "efficientnet"),
                        help="(default: %(default)s)")  # fmt: skip
-    group.add_argument("--aug", default="none", help=f"{', '.join(['none', *augment.AUGMENTATIONS])}, or several joined "
-                       "by + (default: %(default)s)")  # fmt: skip
+    group.add_argument("--aug", default="none", help=f"{', '.join(augment.NAMES)}, or several joined by + "
+                       "(default: %(default)s)")  # fmt: skip
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add_training_arguments(parser)
     add_run_arguments(parser)
