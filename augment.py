@@ -22,7 +22,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-BLOCK = {"cpu": 128}  # images computed on in floats at a time: what a CPU's cache holds
+BLOCK = {"cpu": 64}  # images computed on in floats at a time: what a CPU's cache holds
 GPU_BLOCK = 8192
 
 
@@ -31,7 +31,7 @@ GPU_BLOCK = 8192
 
 def flip(images, flipped):
     """Mirror left-right the images where flipped, bool (N,), is true."""
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+    return _choose(images, images.flip(-1), flipped.view(-1, 1, 1, 1))
 
 
 def rotate(images, degrees):
@@ -83,42 +83,41 @@ def _affine(images, x_row, y_row):
 def crop(images, top, left, height, width):
     """Cut a box out of each image, (N,) in pixels, and stretch it to the whole; bilinear."""
 
-    def resize(images, top, left, height, width):
-        rows = _stretch(top, height, images.shape[2])  # (N, H, H)
-        cols = _stretch(left, width, images.shape[3])  # (N, W, W)
-        pixels = images.permute(0, 2, 1, 3).float()  # (N, H, 3, W): one product for all channels
-        pixels = torch.bmm(rows, pixels.flatten(2)).view(len(images), -1, images.shape[3])
-        pixels = torch.bmm(pixels, cols.transpose(1, 2)).view(len(images), -1, *images.shape[1::2])
-        return _bytes(pixels.add_(0.5)).permute(0, 2, 1, 3)  # half a step more, since bytes are cut off
+    across, down = _stretch(left, width, images.shape[3]), _stretch(top, height, images.shape[2])
 
-    return _in_blocks(resize, images, top, left, height, width)
+    def sample(images, across, down):
+        grid = torch.empty(len(images), 2, *images.shape[2:], device=images.device)
+        grid[:, 0], grid[:, 1] = across[:, None], down[:, :, None]
+        pixels = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=False)
+        return _bytes(pixels.add_(0.5))  # bytes are cut off
+
+    return _in_blocks(sample, images, across, down)
 
 
 def _stretch(start, length, size):
-    """Bilinear weights, (N, size, size), of every source pixel in every pixel of an axis of `size` onto which
-    [start, start + length) is stretched. Pixels outside that range count nothing."""
-    places = torch.arange(size, device=start.device, dtype=torch.float32)
+    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it: float
+    (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
+    places = torch.arange(size, device=start.device) + 0.5
     start, length = start[:, None].float(), length[:, None].float()
-    source = ((places + 0.5) * (length / size) - 0.5).clamp(min=0).minimum(length - 1) + start  # (N, size)
-    return (1 - (source[:, :, None] - places).abs()).clamp_(min=0)
+    source = (places * (length / size)).clamp(min=0.5).minimum(length - 0.5) + start
+    return source * (2 / size) - 1
 
 
 def erase(images, top, left, height, width, fill):
     """Fill one rectangle an image. top..width: (N,) in pixels; height = 0 leaves an image as it is; fill:
     uint8 (3,)."""
-    inside_rows = _between(top, height, images.shape[2])[:, None, :, None]
-    inside_cols = _between(left, width, images.shape[3])[:, None, None, :]
-    inside = inside_rows & inside_cols  # (N, 1, H, W)
-    return images ^ (
-        (images ^ fill.view(1, -1, 1, 1)) & inside
-    )  # bit by bit: a `where` takes four times as long
+    rows = torch.arange(images.shape[2], device=images.device)
+    cols = torch.arange(images.shape[3], device=images.device)
+    inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (N, H)
+    inside_cols = (cols >= left[:, None]) & (cols < (left + width)[:, None])  # (N, W)
+    inside = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]  # (N, 1, H, W)
+    return _choose(images, fill.view(1, -1, 1, 1), inside)
 
 
-def _between(start, length, size):
-    """255 for the places in [start, start + length), else 0: uint8 (N, size)."""
-    places = torch.arange(size, device=start.device)
-    inside = (places >= start[:, None]) & (places < (start + length)[:, None])
-    return inside.to(torch.uint8) * 255
+def _choose(images, others, chosen):
+    """torch.where(chosen, others, images), bit by bit: a CPU does it in a third of the time."""
+    changed = (images ^ others).bitwise_and_(chosen.to(torch.uint8).neg_())  # minus 1 is 255: every bit
+    return changed.bitwise_xor_(images)
 
 
 # Colour
@@ -205,8 +204,7 @@ def posterize(images, bits):
 
 def solarize(images, threshold):
     """Invert the values from threshold (N,) on."""
-    bright = images >= threshold.view(-1, 1, 1, 1)
-    return images ^ (bright.to(torch.uint8) * 255)
+    return _choose(images, 255 - images, images >= threshold.view(-1, 1, 1, 1))
 
 
 def invert(images):

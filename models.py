@@ -5,7 +5,9 @@ model = build("custom", num_classes=10, dropout=0.2)  # or resnet18, densenet121
 logits = model(images)  # float (N, 3, 32, 32), normalised -> float (N, 10)
 """
 
+import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
 ARCHITECTURES = ("custom", "resnet18", "densenet121", "efficientnet_b0")
@@ -82,3 +84,89 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
 
 def _head(features, num_classes):
     return nn.Sequential(nn.Linear(features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes))
+
+
+class FewShotEmbedding(nn.Module):
+    """The few-shot network: a convolutional path beside a transformer path, joined to one embedding.
+
+    images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 64). About 47,000 parameters. As in
+    the authors' code the tokens carry no position, and both norms stand behind their residual sum.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Sequential(
+            nn.Conv2d(3, 3, kernel_size=3, padding=1, groups=3),  # depthwise
+            nn.Conv2d(3, 32, kernel_size=1),  # pointwise
+            nn.BatchNorm2d(32),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),  # (N, 32)
+        )
+        self.patches = nn.Conv2d(3, 64, kernel_size=2, stride=2)
+        self.attention = SelfAttention(64, heads=2)
+        self.norm1 = nn.LayerNorm(64)
+        self.mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 64))
+        self.norm2 = nn.LayerNorm(64)
+        self.fusion = nn.Sequential(
+            nn.Linear(32 + 64, 128), nn.ReLU(inplace=True), nn.Linear(128, 64), nn.BatchNorm1d(64)
+        )
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (N, 256, 64)
+        tokens = self.norm1(tokens + self.attention(tokens))
+        tokens = self.norm2(tokens + self.mlp(tokens))
+        both = torch.cat([self.convolution(images), tokens.mean(1)], dim=1)  # (N, 96)
+        return F.normalize(self.fusion(both).float(), dim=1)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (Vaswani et al., 2017, arXiv:1706.03762). tokens: float (N, T, width)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, tokens):
+        qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (N, heads, T, width / heads)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class MixtureOfExperts(nn.Module):
+    """A gate that mixes what several frozen experts see of an image.
+
+    features: float (N, experts, 4096), each expert's flattened trunk, or (N, experts, 1280), adapted already.
+    Returns logits, float (N, num_classes). The adapters stay at their random start, as in the authors' code, unless
+    train_adapters.
+    """
+
+    def __init__(self, experts=3, num_classes=10, train_adapters=False):
+        super().__init__()
+        self.adapters = nn.ModuleList(nn.Linear(4096, 1280) for _ in range(experts))
+        self.adapters.requires_grad_(train_adapters)
+        self.gate = nn.Sequential(
+            *(nn.Linear(1280, 64), nn.BatchNorm1d(64), nn.ReLU(inplace=True), nn.Dropout(0.3)),
+            *(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True), nn.Dropout(0.3)),
+            *(nn.Linear(32, experts), nn.Softmax(dim=1)),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(1280, 64), nn.ReLU(inplace=True), nn.Linear(64, num_classes)
+        )
+
+    def adapt(self, features):
+        """float (N, experts, 4096) -> (N, experts, 1280)."""
+        if features.shape[2] == 1280:
+            return features
+        return torch.stack([adapter(features[:, i]) for i, adapter in enumerate(self.adapters)], dim=1)
+
+    def weigh(self, adapted):
+        """The gate's weights, float (N, experts), which sum to 1."""
+        return self.gate(adapted.mean(1))
+
+    def forward(self, features):
+        adapted = self.adapt(features)
+        return self.classifier((adapted * self.weigh(adapted)[:, :, None]).sum(1))

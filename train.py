@@ -57,6 +57,12 @@ TAGS = {
     "dropout": lambda value: f"dropout{value!r}",
     "pretrained": lambda value: "pretrained",
     "amp": lambda value: f"amp-{value}",
+    "way": lambda value: f"way{value}",
+    "shot": lambda value: f"shot{value}",
+    "query": lambda value: f"query{value}",
+    "episodes": lambda value: f"episodes{value}",
+    "animals": lambda value: "animals-" + value.replace(",", "+"),
+    "train_adapters": lambda value: "adapters",
 }
 
 
@@ -148,61 +154,65 @@ def evaluate(model, autocast, batches, totals):
     return totals
 
 
-def train(args, seed, dataset, device, checkpoint):
-    """One supervised run of `args.epochs` epochs, from its checkpoint if there is one.
+def fit(model, args, seed, num_classes, device, checkpoint, count, train_batches, valid_batches):
+    """Train for args.epochs epochs, from the checkpoint if there is one; returns the history.
 
-    Returns the weights tested and the run's part of a result file: history, test, confusion, seconds.
+    train_batches(epoch) and valid_batches() begin an epoch of (inputs, labels); count: inputs in one.
     """
-    torch.manual_seed(seed)
-    model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model.parameters(), args, device)
-    dtype = precision(args.amp, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    streams = augment.parse(args.aug, dataset.mean)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], args, device)
+    autocast, scaler = mixed_precision(args.amp, device)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
-    normalisation = (dataset.mean, dataset.std, device)
-    print(f"{args.arch}: {sum(p.numel() for p in model.parameters()):,} parameters, {dtype or torch.float32}")
-
     for epoch in range(len(history) + 1, args.epochs + 1):
         torch.manual_seed(data.seed_from(seed, epoch, "dropout"))  # so that a resumed run draws the same
         started = time.monotonic()
-        count = len(dataset.train.labels) * len(streams)
-        totals = Totals(len(dataset.classes), device)
-        batches = data.batches(dataset.train, args.batch_size, *normalisation, streams, seed, epoch)
+        totals = Totals(num_classes, device)
         progress = data.Progress(f"epoch {epoch}/{args.epochs}", count)
-        train_epoch(model, optimizer, scaler, autocast, batches, totals, progress)
-        trained = totals.metrics()
-        trained_seconds = time.monotonic() - started
-        if not math.isfinite(trained["loss"]):
-            raise RuntimeError(
-                f"the loss became {trained['loss']} in epoch {epoch}: lower --lr, or use --amp off"
-            )
-        batches = data.batches(dataset.valid, EVALUATION_BATCH, *normalisation)
-        valid = evaluate(model, autocast, batches, Totals(len(dataset.classes), device)).metrics()
-        seconds = time.monotonic() - started
-        rate = count / trained_seconds
-        entry = {
-            "epoch": epoch,
-            "train": trained,
-            "valid": valid,
-            "seconds": seconds,
-            "images_per_second": rate,
-        }
-        history.append(entry)
+        train_epoch(model, optimizer, scaler, autocast, train_batches(epoch), totals, progress)
+        entry = {"epoch": epoch, "train": totals.metrics()}
+        rate = count / (time.monotonic() - started)
+        check_finite(entry["train"]["loss"], f"epoch {epoch}")
+        entry["valid"] = evaluate(model, autocast, valid_batches(), Totals(num_classes, device)).metrics()
+        history.append({**entry, "seconds": time.monotonic() - started, "images_per_second": rate})
         if epoch < args.epochs:
             checkpoint.save(stateful, history)
-        print(epoch_line(entry, args.epochs), flush=True)
+        print(epoch_line(history[-1], args.epochs), flush=True)
+    return history
 
-    batches = data.batches(dataset.test, EVALUATION_BATCH, *normalisation)
-    totals = evaluate(model, autocast, batches, Totals(len(dataset.classes), device))
-    return model.state_dict(), {
-        "history": history,
-        "test": totals.metrics(),
-        "confusion": totals.confusion.tolist(),
-    }
+
+def train(args, seed, dataset, device, checkpoint):
+    """One supervised run. Returns the weights tested and the run's part of a result file."""
+    torch.manual_seed(seed)
+    model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained)
+    model = model.to(device, memory_format=torch.channels_last)
+    print(f"{args.arch}: {describe_model(model, args, device)}")
+    streams = augment.parse(args.aug, dataset.mean)
+
+    def batches(split, size, *shuffle):
+        return data.batches(split, size, dataset.mean, dataset.std, device, *shuffle)
+
+    history = fit(
+        *(model, args, seed, len(dataset.classes), device, checkpoint),
+        count=len(dataset.train.labels) * len(streams),
+        train_batches=lambda epoch: batches(dataset.train, args.batch_size, streams, seed, epoch),
+        valid_batches=lambda: batches(dataset.valid, EVALUATION_BATCH),
+    )
+    autocast, _ = mixed_precision(args.amp, device)
+    totals = Totals(len(dataset.classes), device)
+    evaluate(model, autocast, batches(dataset.test, EVALUATION_BATCH), totals)
+    tested = {"test": totals.metrics(), "confusion": totals.confusion.tolist()}
+    return model.state_dict(), {"history": history, **tested}
+
+
+def check_finite(loss, when):
+    """Raise RuntimeError if the loss is no number."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the loss became {loss} in {when}: lower --lr, or use --amp off")
+
+
+def describe_model(model, args, device):
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{learned:,} parameters to learn, computed in {precision(args.amp, device) or torch.float32}"
 
 
 def epoch_line(entry, epochs):
@@ -248,6 +258,13 @@ def precision(amp, device):
     if amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: a CPU has no fast fp16; use bf16 or off")
     return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def mixed_precision(amp, device):
+    """The autocast context and the gradient scaler for `--amp`; both do nothing for float32."""
+    dtype = precision(amp, device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 # Files
@@ -367,7 +384,8 @@ def peak_memory_bytes(device):
 
 def run_name(args, first, recipe):
     """The folder of a run: `first` (architecture, augmentation), then what differs from the recipe."""
-    changed = [tag(getattr(args, key)) for key, tag in TAGS.items() if getattr(args, key) != recipe(key)]
+    given = {key: value for key, value in vars(args).items() if key in TAGS}
+    changed = [tag(given[key]) for key, tag in TAGS.items() if key in given and given[key] != recipe(key)]
     return "-".join([*first, *changed])
 
 
@@ -481,41 +499,52 @@ def add_run_arguments(parser):
     group.add_argument("--force", action="store_true", help="run again even if the result is there")
 
 
-def add_training_arguments(parser):
-    """The arguments of supervised training, at the recipe of the slides."""
-    group = parser.add_argument_group("recipe")
-    group.add_argument("--epochs", type=number(int, 0), default=10, help="(default: %(default)s)")
-    group.add_argument("--batch-size", type=number(int, 0), default=64, help="(default: %(default)s)")
+def add_optimizer_arguments(parser):
+    """The optimizer, as on the slides."""
+    group = parser.add_argument_group("optimizer")
     group.add_argument(
         "--lr", type=number(float, 0), default=0.001, help="learning rate (default: %(default)s)"
     )
     group.add_argument("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
-    group.add_argument(
-        "--momentum", type=number(float, 0, 1, True), default=0.0, help="of sgd and rmsprop (default: 0)"
-    )
+    group.add_argument("--momentum", type=number(float, 0, 1, True), default=0.0,
+                       help="of sgd and rmsprop (default: 0)")  # fmt: skip
     group.add_argument(
         "--weight-decay", type=number(float, 0, low_itself=True), default=0.0, help="(default: 0)"
     )
+
+
+def add_training_arguments(parser):
+    """The arguments of supervised training, at the recipe of the slides."""
+    add_optimizer_arguments(parser)
+    group = parser.add_argument_group("recipe")
+    group.add_argument("--epochs", type=number(int, 0), default=10, help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=number(int, 0), default=64, help="(default: %(default)s)")
     group.add_argument("--dropout", type=number(float, 0, 1, True), default=0.0, help="k of the custom network: k after "
                        "each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
+
+
+def check_optimizer(args):
+    """Raise ValueError for settings that the optimizer does not have; give --classes its one spelling."""
+    if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
+        raise ValueError(f"--momentum: {args.optimizer} has none; only sgd and rmsprop do")
+    if args.classes and args.classes not in data.GROUPS:
+        args.classes = ",".join(sorted({name.strip() for name in args.classes.split(",")}))
 
 
 def check(args):
     """Raise ValueError for arguments that do not go together; give each setting its one spelling."""
     if args.arch == "efficientnet":
         args.arch = "efficientnet_b0"
-    if args.classes and args.classes not in data.GROUPS:
-        args.classes = ",".join(sorted({name.strip() for name in args.classes.split(",")}))
+    check_optimizer(args)
     augment.parse(args.aug)
-    if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
-        raise ValueError(f"--momentum: {args.optimizer} has none; only sgd and rmsprop do")
     with torch.device("meta"):
         models.build(args.arch, 10, args.dropout)
     if args.pretrained and args.arch == "custom":
         raise ValueError("--pretrained: custom has no pretrained weights")
 
 
-def main():
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="custom", choices=(*models.ARCHITECTURES, "efficientnet"),
@@ -525,9 +554,13 @@ def main():
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add_training_arguments(parser)
     add_run_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check(args)
-    run_seeds(args, run_name(args, (args.arch, args.aug), parser.get_default), train)
+    return args, run_name(args, (args.arch, args.aug), parser.get_default)
+
+
+def main():
+    run_seeds(*parse_arguments(), train)
 
 
 if __name__ == "__main__":

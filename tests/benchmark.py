@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment
 import data
 
-PER_IMAGE = (
-    64  # images on which a way that takes one image after the other is timed: its rate does not hang on N
-)
+SIZES = (64, 1024, 16384)  # images in a batch
+PER_IMAGE = 64  # on so many are ways timed that take one image after the other: their rate does not hang on N
 
 
 def machine(device):
@@ -107,7 +106,7 @@ def benchmark_augment(device, rounds):
     """Rows of images/s, ours and the others', on 32x32 images at three sizes of a batch."""
     rows, others = [], the_others()
     drawn = data.synthetic((1024, 10, 10)).train.images
-    for count in (64, 1024, 16384):
+    for count in SIZES:
         images = drawn.repeat(-(-count // 1024), 1, 1, 1)[:count].to(device)
         floats = images.float() / 255
         few = list(images[:PER_IMAGE])
