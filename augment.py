@@ -22,7 +22,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-BLOCK = {"cpu": 64}  # images computed on in floats at a time: what a CPU's cache holds
+BLOCK = {"cpu": 128}  # images computed on in floats at a time: what a CPU's cache holds
 GPU_BLOCK = 8192
 
 
@@ -31,7 +31,7 @@ GPU_BLOCK = 8192
 
 def flip(images, flipped):
     """Mirror left-right the images where flipped, bool (N,), is true."""
-    return _choose(images, images.flip(-1), flipped.view(-1, 1, 1, 1))
+    return _change(images, images.flip(-1).bitwise_xor_(images), flipped.view(-1, 1, 1, 1))
 
 
 def rotate(images, degrees):
@@ -111,13 +111,14 @@ def erase(images, top, left, height, width, fill):
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (N, H)
     inside_cols = (cols >= left[:, None]) & (cols < (left + width)[:, None])  # (N, W)
     inside = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]  # (N, 1, H, W)
-    return _choose(images, fill.view(1, -1, 1, 1), inside)
+    return _change(images, images ^ fill.view(1, -1, 1, 1), inside)
 
 
-def _choose(images, others, chosen):
-    """torch.where(chosen, others, images), bit by bit: a CPU does it in a third of the time."""
-    changed = (images ^ others).bitwise_and_(chosen.to(torch.uint8).neg_())  # minus 1 is 255: every bit
-    return changed.bitwise_xor_(images)
+def _change(images, difference, chosen):
+    """images ^ difference where chosen, bool, is true; overwrites difference. Bit by bit, since a CPU does a
+    `where` on bytes three times as slowly."""
+    mask = chosen.to(torch.uint8).neg_()  # minus 1 is 255: every bit
+    return difference.bitwise_and_(mask).bitwise_xor_(images)
 
 
 # Colour
@@ -204,7 +205,8 @@ def posterize(images, bits):
 
 def solarize(images, threshold):
     """Invert the values from threshold (N,) on."""
-    return _choose(images, 255 - images, images >= threshold.view(-1, 1, 1, 1))
+    bright = images >= threshold.view(-1, 1, 1, 1)
+    return images ^ bright.to(torch.uint8).neg_()
 
 
 def invert(images):

@@ -1,0 +1,275 @@
+"""Few-shot learning on a fraction of the data: prototypical networks (Snell et al., 2017, arXiv:1703.05175).
+
+    python fewshot.py --fraction 0.01 --seed 1 2 3
+    python fewshot.py --data synthetic --fraction 0.1 --episodes 300
+    python fewshot.py --fraction 0.001 --query 2 --shot 5 --way 5
+
+An episode draws `way` classes; of each, `shot` support images make a prototype, the mean of their embeddings,
+and `query` other images, flipped and autoaugmented, are told apart by their distance to the prototypes. At the
+end every image of the fraction is embedded, each class is split into sub-prototypes by k-means, and the whole test
+split goes to the nearest.
+"""
+
+import time
+
+import torch
+from tabulate import tabulate
+from torch.nn import functional as F
+
+import augment
+import data
+import models
+import train
+
+# Query images a class in an episode, for the fractions of the slides; other fractions take that of the next below
+QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
+BLOCK = 100  # episodes drawn and augmented at a time, a line of the history, and a checkpoint
+VALIDATION_EPISODES = 600
+SUB_PROTOTYPES = 3
+BATCH = 250  # images embedded at a time outside of episodes
+
+
+# Episodes
+
+
+def draw_episodes(labels, count, way, shot, query, generator):
+    """Classes, int64 (count, way), and rows of images, int64 (count, way, shot + query), of `count` episodes; no
+    image twice in one. labels: int64 (N,). Raises ValueError if a class has too few images. All on the CPU."""
+    sizes = torch.bincount(labels)
+    if len(sizes) < way:
+        raise ValueError(f"--way {way}: there are {len(sizes)} classes")
+    rows = torch.full((len(sizes), int(sizes.max())), -1)
+    for label, size in enumerate(sizes.tolist()):
+        rows[label, :size] = (labels == label).nonzero()[:, 0]
+    classes = torch.rand(count, len(sizes), generator=generator).argsort(1)[:, :way]
+    lots = torch.rand(count, way, rows.shape[1], generator=generator)
+    lots = lots.masked_fill_(rows[classes] < 0, -1)  # a place without an image is drawn last
+    return classes, rows[classes].gather(2, lots.topk(shot + query, dim=2).indices)
+
+
+def check_sizes(labels, way, shot, query, fraction, names):
+    """Raise ValueError if a class cannot fill an episode; it says which fraction would do."""
+    sizes = torch.bincount(labels, minlength=len(names))
+    smallest = int(sizes.argmin())
+    if sizes[smallest] < shot + query:
+        enough = fraction * (shot + query) / max(1, int(sizes[smallest]))
+        remedy = f"--fraction {enough:.2g} would do, or " if enough < 1 else ""
+        raise ValueError(
+            f"class {names[smallest]} has {sizes[smallest]} images, and an episode takes {shot} + {query}: {remedy}"
+            "lower --shot or --query"
+        )
+
+
+def episode_logits(embeddings, way, shot):
+    """Minus the squared distance of each query to each prototype, float (way * query, way).
+
+    embeddings: float (way * (shot + query), D), the support images first, both sorted by class.
+    """
+    support, query = embeddings[: way * shot], embeddings[way * shot :]
+    prototypes = support.view(way, shot, -1).mean(1)
+    return -(query[:, None] - prototypes).square().sum(2)
+
+
+def episodes(split, dataset, args, count, device, generator, streams):
+    """Yield (images, classes) for each of `count` episodes: float (way * (shot + query), 3, H, W), support
+    first; int64 (way,). Queries go through the stream of augmentations, all episodes' at once."""
+    classes, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
+    where = split.images.device
+    support = split.images[rows[:, :, : args.shot].flatten().to(where)].to(device)
+    query = split.images[rows[:, :, args.shot :].flatten().to(where)].to(device)
+    for augmentation in streams[0]:
+        query = augmentation(query, generator)
+    scale, shift = data.scale_and_shift(dataset.mean, dataset.std, device)
+    parts = zip(support.chunk(count), query.chunk(count), classes.to(device), strict=True)
+    for support_images, query_images, chosen in parts:
+        images = torch.cat([support_images, query_images]).contiguous(memory_format=torch.channels_last)
+        yield images.float().mul_(scale).add_(shift), chosen
+
+
+def count_episode(logits, classes, totals):
+    """Loss of an episode, counted under the true classes of its images."""
+    labels = torch.arange(len(classes), device=logits.device).repeat_interleave(len(logits) // len(classes))
+    loss = F.cross_entropy(logits, labels)
+    everywhere = logits.new_full((len(logits), len(totals.confusion)), -torch.inf)
+    totals.count(everywhere.index_copy(1, classes, logits.detach()), classes[labels], loss)
+    return loss
+
+
+# Test: sub-prototypes
+
+
+def kmeans(points, clusters, generator, starts=10):
+    """Centres, float (k, D), of k = min(clusters, N) clusters of points, float (N, D), and their inertia: the best of
+    ten starts by k-means++ (Arthur and Vassilvitskii, 2007), each followed by Lloyd's steps to the end."""
+    clusters, best = min(clusters, len(points)), (None, torch.inf)
+    for _ in range(starts):
+        centres = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
+        while len(centres) < clusters:
+            nearest = torch.cdist(points, centres).square().amin(1).cpu()
+            chances = nearest if nearest.sum() > 0 else torch.ones(len(points))
+            chosen = torch.multinomial(chances, 1, generator=generator).to(points.device)
+            centres = torch.cat([centres, points[chosen]])
+        before, members = None, torch.cdist(points, centres).argmin(1)
+        while before is None or not torch.equal(members, before):
+            belongs = F.one_hot(members, clusters).to(points.dtype)  # (N, k)
+            sizes = belongs.sum(0)[:, None]
+            centres = torch.where(sizes > 0, belongs.T @ points / sizes.clamp(min=1), centres)
+            before, members = members, torch.cdist(points, centres).argmin(1)
+        inertia = torch.cdist(points, centres).square().amin(1).sum().item()
+        if inertia < best[1]:
+            best = (centres, inertia)
+    return best
+
+
+@torch.no_grad()
+def embed(model, split, dataset, device, autocast):
+    """Embeddings of a whole split, float (N, 64), without augmentation."""
+    model.eval()
+    parts = []
+    for images, _ in data.batches(split, BATCH, dataset.mean, dataset.std, device):
+        with autocast:
+            parts.append(model(images))
+    return torch.cat(parts)
+
+
+def classify(embeddings, labels, points, owners, num_classes):
+    """Totals of giving every embedding to the class of the nearest point. points: float (P, D); owners: int64 (P,)."""
+    totals = train.Totals(num_classes, embeddings.device)
+    for part, true in zip(embeddings.split(BATCH), labels.split(BATCH), strict=True):
+        distances = torch.cdist(part, points).square()
+        logits = torch.full((len(part), num_classes), -torch.inf, device=part.device)
+        logits.scatter_reduce_(1, owners.expand(len(part), -1), -distances, "amax")
+        totals.count(logits, true, F.cross_entropy(logits, true))
+    return totals
+
+
+# A run
+
+
+def train_embedding(args, seed, dataset, device, checkpoint):
+    """Train on episodes, then test. Returns weights and the run's part of a result file."""
+    check_sizes(dataset.train.labels.cpu(), args.way, args.shot, args.query, args.fraction, dataset.classes)
+    check_sizes(dataset.valid.labels.cpu(), args.way, args.shot, args.query, 1.0, dataset.classes)
+    torch.manual_seed(seed)
+    model = models.FewShotEmbedding().to(device, memory_format=torch.channels_last)
+    print(f"embedding: {train.describe_model(model, args, device)}")
+    history = fit_episodes(model, args, seed, dataset, device, checkpoint)
+
+    autocast, _ = train.mixed_precision(args.amp, device)
+    num_classes = len(dataset.classes)
+    labels = dataset.train.labels.to(device)
+    points, tests = (embed(model, part, dataset, device, autocast) for part in (dataset.train, dataset.test))
+    outcome = {"history": history, "episodes": validate(model, args, dataset, device, autocast)}
+    generator = torch.Generator().manual_seed(data.seed_from(seed, "kmeans"))
+    for name, clusters in (("test", SUB_PROTOTYPES), ("one_prototype", 1)):
+        centres = [kmeans(points[labels == label], clusters, generator)[0] for label in range(num_classes)]
+        owners = torch.repeat_interleave(torch.tensor([len(c) for c in centres])).to(device)
+        totals = classify(tests, dataset.test.labels.to(device), torch.cat(centres), owners, num_classes)
+        outcome[name] = totals.metrics()
+        if name == "test":
+            outcome["confusion"] = totals.confusion.tolist()
+    totals = classify(tests, dataset.test.labels.to(device), points, labels, num_classes)
+    outcome["nearest_image"] = totals.metrics()
+    show(outcome)
+    return model.state_dict(), outcome
+
+
+def fit_episodes(model, args, seed, dataset, device, checkpoint):
+    """args.episodes steps, a line of history for every BLOCK of them."""
+    optimizer = train.make_optimizer(model.parameters(), args, device)
+    autocast, scaler = train.mixed_precision(args.amp, device)
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    history = checkpoint.restore(stateful)
+    streams = augment.parse("flip+autoaugment")
+    blocks = -(-args.episodes // BLOCK)
+    for block in range(len(history) + 1, blocks + 1):
+        started = time.monotonic()
+        count = min(BLOCK, args.episodes - BLOCK * (block - 1))
+        generator = torch.Generator().manual_seed(data.seed_from(seed, block, "episodes"))
+        totals = train.Totals(len(dataset.classes), device)
+        progress = data.Progress(f"episodes {BLOCK * (block - 1)}+", count)
+        model.train()
+        for images, classes in episodes(dataset.train, dataset, args, count, device, generator, streams):
+            with autocast:
+                embeddings = model(images)
+            loss = count_episode(episode_logits(embeddings, args.way, args.shot), classes, totals)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            progress(1)
+        progress.clear()
+        entry = {"epoch": block, "episodes": BLOCK * (block - 1) + count, "train": totals.metrics()}
+        train.check_finite(entry["train"]["loss"], f"the episodes before {entry['episodes']}")
+        seconds = time.monotonic() - started
+        images_seen = count * args.way * (args.shot + args.query)
+        history.append({**entry, "seconds": seconds, "images_per_second": images_seen / seconds})
+        if block < blocks:
+            checkpoint.save(stateful, history)
+        trained = entry["train"]
+        print(f"episode {entry['episodes']:>{len(str(args.episodes))}}/{args.episodes}  loss {trained['loss']:.4f} "
+              f"accuracy {trained['accuracy']:.4f}  {count / seconds:.1f} episodes/s, "
+              f"{(args.episodes - entry['episodes']) * seconds / count:.0f} s left", flush=True)  # fmt: skip
+    return history
+
+
+def validate(model, args, dataset, device, autocast):
+    """Mean accuracy over episodes of the valid split, without augmentation, with its 95 % confidence interval."""
+    embeddings = embed(
+        model, dataset.valid, dataset, device, autocast
+    )  # once: they are the same in every episode
+    generator = torch.Generator().manual_seed(data.seed_from("validation"))
+    shape = (VALIDATION_EPISODES, args.way, args.shot, args.query)
+    _, rows = draw_episodes(dataset.valid.labels.cpu(), *shape, generator)
+    support, query = rows.to(device).split([args.shot, args.query], dim=2)
+    truth = torch.arange(args.way, device=device).repeat_interleave(args.query)
+    hits = []
+    for of_support, of_query in zip(support, query, strict=True):
+        parts = torch.cat([embeddings[of_support].flatten(0, 1), embeddings[of_query].flatten(0, 1)])
+        hits.append((episode_logits(parts, args.way, args.shot).argmax(1) == truth).double().mean())
+    hits = torch.stack(hits)
+    interval = 1.96 * hits.std() / len(hits) ** 0.5
+    return {"count": len(hits), "accuracy": hits.mean().item(), "confidence95": interval.item()}
+
+
+def show(outcome):
+    valid = outcome["episodes"]
+    print(
+        f"\n{valid['count']} validation episodes: accuracy {valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
+    )
+    rows = [
+        [name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)]
+        for name, key in (
+            (f"{SUB_PROTOTYPES} sub-prototypes a class", "test"),
+            ("1 prototype a class", "one_prototype"),
+            ("nearest training image", "nearest_image"),
+        )
+    ]
+    print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
+
+
+def main():
+    parser = data.new_parser(__doc__)
+    group = parser.add_argument_group("episodes")
+    count = train.number(int, 0)
+    group.add_argument("--way", type=train.number(int, 1), default=5, help="classes (default: %(default)s)")
+    group.add_argument("--shot", type=count, default=5, help="support images a class (default: %(default)s)")
+    group.add_argument("--query", type=count, help="query images a class (default: the slides', by fraction: "
+                       f"{', '.join(f'{q} at {p}' for p, q in QUERIES.items())})")  # fmt: skip
+    group.add_argument("--episodes", type=count, default=3000, help="(default: %(default)s)")
+    train.add_optimizer_arguments(parser)
+    train.add_run_arguments(parser)
+    parser.set_defaults(fraction=0.01)
+    args = parser.parse_args()
+    train.check_optimizer(args)
+    query = next((q for p, q in reversed(QUERIES.items()) if p <= args.fraction), QUERIES[0.001])
+    args.query = args.query or query
+    recipe = {"fraction": args.fraction, "query": query}
+    name = train.run_name(
+        args, ("fewshot", f"p{args.fraction!r}"), lambda key: recipe.get(key, parser.get_default(key))
+    )
+    train.run_seeds(args, name, train_embedding)
+
+
+if __name__ == "__main__":
+    data.command_line(main)

@@ -1,0 +1,157 @@
+"""A mixture of experts: a gate learns which of three frozen networks to listen to, image by image.
+
+    python moe.py --seed 1 2 3                                # on CINIC-10; trains the experts if they are not there
+    python moe.py --data path/to/folder --fraction 0.25 --epochs 3
+    python moe.py --train-adapters --animals all
+
+The experts are the custom network on hybrid augmentation with dropout 0.2, the best on the slides: one trained
+on all classes (the base), one on vehicles, one on animals. They are taken from --out if `train.py` left them there.
+"""
+
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import data
+import models
+import train
+
+EXPERT = (
+    "--arch",
+    "custom",
+    "--aug",
+    "hybrid",
+    "--dropout",
+    "0.2",
+)  # the slides leave the experts' own recipe open
+ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
+BATCH = 256  # images whose features are computed at a time
+
+
+def experts(args, seed):
+    """The base, vehicles and animals networks of a seed, trained now if their weights are not there."""
+    animals = "animals" if args.animals == "all" else args.animals
+    return [trained(args, seed, classes) for classes in (None, "vehicles", animals)]
+
+
+def trained(args, seed, classes=None):
+    """A custom network with the weights of its run of `train.py`, in eval mode, frozen."""
+    command = [*EXPERT, "--seed", str(seed), *(["--classes", classes] if classes else [])]
+    for name in ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "out"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+    settings, run = train.parse_arguments(command)
+    train.run_seeds(settings, run, train.train)
+    weights = torch.load(Path(args.out) / run / f"seed{seed}.pt", weights_only=True, map_location="cpu")
+    model = models.build("custom", num_classes=len(weights["classifier.4.bias"]), dropout=settings.dropout)
+    model.load_state_dict(weights)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features(networks, adapters, split, dataset, device, autocast):
+    """What the experts see of every image: float (N, experts, 1280) adapted, or (N, experts, 4096) without
+    adapters. Computed once: experts are frozen, and the gate is trained on images without augmentation."""
+    seen = []
+    for images, _ in data.batches(split, BATCH, dataset.mean, dataset.std, device):
+        with autocast:
+            trunks = torch.stack([network.features(images).flatten(1) for network in networks], 1).float()
+        seen.append(adapters(trunks) if adapters else trunks)
+    return torch.cat(seen)
+
+
+def feature_batches(inputs, labels, batch_size, seed=None, epoch=0):
+    """(features, labels) in the order of `data.batches`. A last batch of one joins the one before."""
+    generator = torch.Generator().manual_seed(data.seed_from(seed, epoch))
+    order = torch.arange(len(labels)) if seed is None else torch.randperm(len(labels), generator=generator)
+    batches = list(order.to(inputs.device).split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    for rows in batches:
+        yield inputs[rows], labels[rows]
+
+
+def train_gate(args, seed, dataset, device, checkpoint):
+    """Train gate and classifier (and adapters, if asked). Returns weights and the run's part of a result file."""
+    networks = [network.to(device, memory_format=torch.channels_last) for network in experts(args, seed)]
+    torch.manual_seed(seed)
+    classes = len(dataset.classes)
+    model = models.MixtureOfExperts(len(networks), classes, train_adapters=args.train_adapters).to(device)
+    print(f"mixture: {train.describe_model(model, args, device)}")
+    autocast, _ = train.mixed_precision(args.amp, device)
+    adapters = None if args.train_adapters else model.adapt
+    seen = {
+        name: features(networks, adapters, getattr(dataset, name), dataset, device, autocast)
+        for name in data.SPLITS
+    }
+    labels = {name: getattr(dataset, name).labels.to(device) for name in data.SPLITS}
+    history = train.fit(
+        *(model, args, seed, classes, device, checkpoint),
+        count=len(labels["train"]),
+        train_batches=lambda epoch: feature_batches(
+            seen["train"], labels["train"], args.batch_size, seed, epoch
+        ),
+        valid_batches=lambda: feature_batches(seen["valid"], labels["valid"], BATCH),
+    )
+    totals = train.Totals(classes, device)
+    train.evaluate(model, autocast, feature_batches(seen["test"], labels["test"], BATCH), totals)
+    outcome = {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
+    outcome["gate"] = gate_by_class(model, seen["test"], labels["test"], classes)
+    bases = [trained(args, seed).to(device, memory_format=torch.channels_last) for seed in ENSEMBLE]
+    for name, compared in (("base", networks[:1]), ("ensemble", bases)):
+        outcome[name] = average(compared, dataset, device, autocast).metrics()
+    show(args, dataset, outcome)
+    return model.state_dict(), outcome
+
+
+@torch.no_grad()
+def gate_by_class(model, inputs, labels, classes):
+    """Mean weight of each expert for each true class: a list (classes) of lists (experts)."""
+    weights = torch.cat([model.weigh(model.adapt(part)) for part in inputs.split(BATCH)])
+    return [weights[labels == label].mean(0).tolist() for label in range(classes)]
+
+
+@torch.no_grad()
+def average(networks, dataset, device, autocast):
+    """Totals on the test split of the mean softmax of some networks."""
+    totals = train.Totals(len(dataset.classes), device)
+    for images, labels in data.batches(dataset.test, BATCH, dataset.mean, dataset.std, device):
+        with autocast:
+            logits = [network(images) for network in networks]
+        chances = torch.stack([part.float().softmax(1) for part in logits]).mean(0)
+        log_chances = chances.clamp(min=1e-30).log()
+        totals.count(log_chances, labels, torch.nn.functional.nll_loss(log_chances, labels))
+    return totals
+
+
+def show(args, dataset, outcome):
+    names = ["base", "vehicles", "animals"]
+    rows = [
+        [name, *(f"{w:.3f}" for w in row)] for name, row in zip(dataset.classes, outcome["gate"], strict=True)
+    ]
+    print("\nmean weight of each expert, test split")
+    print(tabulate(rows, ["true class", *names], disable_numparse=True))
+    rows = [
+        [name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)]
+        for name, key in (("mixture", "test"), ("base alone", "base"), ("mean of three bases", "ensemble"))
+    ]
+    print("\n" + tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
+
+
+def main():
+    parser = data.new_parser(__doc__)
+    group = parser.add_argument_group("mixture")
+    group.add_argument("--animals", default="cat,dog,deer,horse", help="classes of the animals expert, or all six "
+                       "(default: %(default)s, which get confused)")  # fmt: skip
+    group.add_argument("--train-adapters", action="store_true", help="let the layers between experts and gate learn; by "
+                       "default they stay at their random start, as in the authors' code")  # fmt: skip
+    train.add_training_arguments(parser)
+    train.add_run_arguments(parser)
+    args = parser.parse_args()
+    if args.classes or args.dropout:
+        raise ValueError("--classes and --dropout: the mixture has all classes and dropouts of its own")
+    train.run_seeds(args, train.run_name(args, ("moe",), parser.get_default), train_gate)
+
+
+if __name__ == "__main__":
+    data.command_line(main)

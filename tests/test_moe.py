@@ -1,0 +1,94 @@
+import json
+
+import numpy as np
+import torch
+from test_train import assert_same_bits
+
+import models
+import moe
+import train
+
+
+def test_mixture_layer_by_layer_and_its_weights_sum_to_1():
+    model = models.MixtureOfExperts().eval()
+    shapes = {}
+    for name, layer in model.named_modules():
+        layer.register_forward_hook(
+            lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])})
+        )
+    features = torch.randn(5, 3, 4096)
+    logits = model(features)
+    assert logits.shape == (5, 10)
+    assert [shapes[f"adapters.{i}"] for i in range(3)] == [(1280,)] * 3
+    assert [shapes[f"gate.{i}"] for i in range(10)] == [(64,)] * 4 + [(32,)] * 4 + [(3,)] * 2
+    assert [shapes[f"classifier.{i}"] for i in range(3)] == [(64,), (64,), (10,)]
+    adapted = torch.stack([model.adapters[i](features[:, i]) for i in range(3)], 1)
+    weights = model.gate(adapted.mean(1))
+    assert torch.allclose(weights.sum(1), torch.ones(5))
+    mixed = sum(weights[:, i : i + 1] * adapted[:, i] for i in range(3))
+    assert torch.allclose(logits, model.classifier(mixed), atol=1e-5)
+    assert torch.allclose(logits, model(model.adapt(features)), atol=1e-5)
+
+
+def test_adapters_learn_only_when_asked():
+    assert not any(p.requires_grad for p in models.MixtureOfExperts().adapters.parameters())
+    assert all(p.requires_grad for p in models.MixtureOfExperts(train_adapters=True).parameters())
+
+
+def test_feature_batches_hold_every_row_once():
+    inputs, labels = torch.arange(33.0).view(33, 1), torch.arange(33)
+    batches = list(moe.feature_batches(inputs, labels, 16, seed=1, epoch=2))
+    assert [len(batch) for _, batch in batches] == [16, 17]
+    assert sorted(torch.cat([batch for _, batch in batches]).tolist()) == list(range(33))
+    assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
+
+
+def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folder, tmp_path, monkeypatch):
+    folder = image_folder(train.data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
+    command = ("moe.py", "--data", folder, "--epochs", 1)
+    process = run(*command, "--out", tmp_path / "a")
+    assert process.returncode == 0, process.stderr
+    assert "mean weight of each expert" in process.stdout and "mean of three bases" in process.stdout
+    monkeypatch.chdir(tmp_path)  # where the run was: names of folders are seen from there
+    key = train.data.key(str(folder))
+    expert = f"custom-hybrid-{key}-{{}}epochs1-dropout0.2"
+    names = {expert.format(part) for part in ("", "only-vehicles-", "only-cat+deer+dog+horse-")}
+    mixture = f"moe-{key}-epochs1"
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {*names, mixture}
+    before = {
+        path: torch.load(path, weights_only=True) for path in (tmp_path / "a").rglob("custom-*/seed*.pt")
+    }
+    result = json.loads((tmp_path / "a" / mixture / "seed1.json").read_text())
+    assert np.allclose(np.array(result["gate"]).sum(1), 1, atol=1e-5) and np.array(result["gate"]).shape == (
+        10,
+        3,
+    )
+    for name in ("test", "base", "ensemble"):
+        assert set(result[name]) == set(train.METRICS)
+    base = json.loads((tmp_path / "a" / expert.format("") / "seed1.json").read_text())
+    assert abs(result["base"]["accuracy"] - base["test"]["accuracy"]) < 1e-9
+
+    again = run(*command, "--out", tmp_path / "a", "--force")  # with the experts that are there
+    assert again.stdout.count("skipped, its result is there") == 6
+    for path, state in before.items():  # batch norm's buffers included
+        assert all(
+            torch.equal(value, torch.load(path, weights_only=True)[key]) for key, value in state.items()
+        )
+    assert run(*command, "--out", tmp_path / "b").returncode == 0
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def test_frozen_experts_do_not_change_while_features_are_computed():
+    dataset = train.data.synthetic((40, 10, 10))
+    torch.manual_seed(0)
+    network = models.build("custom").eval().requires_grad_(False)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    cpu = torch.device("cpu")
+    autocast, _ = train.mixed_precision("off", cpu)
+    seen = moe.features([network] * 3, None, dataset.train, dataset, cpu, autocast)
+    assert seen.shape == (40, 3, 4096)
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+def test_wrong_settings_are_one_line(run, one_line):
+    one_line(run("moe.py", "--data", "synthetic", "--classes", "cat,dog"), 2, "--classes")
