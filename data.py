@@ -27,8 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image  # comes with torchvision
-from torchvision import datasets
+from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
 SIZE = 32  # pixels a side
 CHUNK = 4096  # images gathered, augmented and normalised at a time: 50 MB as floats
@@ -50,6 +49,7 @@ CINIC10_URLS = (
     "https://datashare.ed.ac.uk/server/api/core/bitstreams/e8e186cc-2688-48f1-aa5a-3fda1a43f8b6/content",
     "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
 )
+CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"  # of cifar-10-python.tar.gz
 STALLED = 60  # seconds without a byte after which a download is given up
 OTHERWISE = "or use --data cifar10, --data PATH (a folder of your own) or --data synthetic (no download)"
 
@@ -83,7 +83,7 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     elif data == "cinic10":
         dataset = _load_cinic10(root)
     elif data == "cifar10":
-        dataset = _load_cached(root, "cifar10", "cifar10", datasets.CIFAR10.tgz_md5, lambda: _cifar10(root))
+        dataset = _load_cached(root, "cifar10", "cifar10", CIFAR10_MD5, lambda: _cifar10(root))
     elif Path(data).is_dir():
         dataset = _load_folder(Path(data), root, key(data), Path(data).resolve().name)
     else:
@@ -473,6 +473,8 @@ def _load_cinic10(root):
 
 def _download_cinic10(root):
     """The path of CINIC-10.tar.gz, checked; fetched if it is not there."""
+    from torchvision.datasets import utils
+
     archive = root / "CINIC-10.tar.gz"
     if archive.exists():
         if not _is_cinic10(archive):
@@ -489,7 +491,7 @@ def _download_cinic10(root):
         ) as temporary:  # never taken for whole: it gets its place when it is checked
             try:
                 with _impatient():
-                    datasets.utils.download_url(url, temporary, filename=archive.name)
+                    utils.download_url(url, temporary, filename=archive.name)
                 if _is_cinic10(temporary / archive.name):
                     (temporary / archive.name).rename(archive)
                     return archive
@@ -503,7 +505,9 @@ def _download_cinic10(root):
 
 
 def _is_cinic10(archive):
-    return archive.stat().st_size == CINIC10_SIZE and datasets.utils.check_md5(archive, CINIC10_MD5)
+    from torchvision.datasets import utils
+
+    return archive.stat().st_size == CINIC10_SIZE and utils.check_md5(archive, CINIC10_MD5)
 
 
 @contextlib.contextmanager
@@ -546,6 +550,8 @@ def _unpack(archive, folder):
 
 def _cifar10(root):
     """Arguments of make_arrays: 5,000 of the 50,000 training images, 500 a class, become the valid split."""
+    from torchvision import datasets
+
     try:
         with _impatient():
             train, test = (datasets.CIFAR10(root, train=train, download=True) for train in (True, False))

@@ -8,7 +8,6 @@ logits = model(images)  # float (N, 3, 32, 32), normalised -> float (N, 10)
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision import models as torchvision_models
 
 ARCHITECTURES = ("custom", "resnet18", "densenet121", "efficientnet_b0")
 
@@ -66,6 +65,10 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
         return CustomCNN(num_classes, dropout)
     if dropout:
         raise ValueError(f"{arch} has no dropout setting: only custom does, so leave dropout at 0")
+    from torchvision import (
+        models as torchvision_models,
+    )  # here, since it takes over a second, and custom needs none
+
     try:
         model = torchvision_models.get_model(arch, weights="IMAGENET1K_V1" if pretrained else None)
     except (OSError, RuntimeError) as error:  # no network; a file whose hash is not the one in its name

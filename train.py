@@ -20,11 +20,11 @@ import platform
 import subprocess
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 
 import tabulate
 import torch
-import torchvision
 from torch.nn import functional as F
 
 import augment
@@ -359,7 +359,7 @@ def environment(device):
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
+        "torchvision": metadata.version("torchvision"),
         "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)"
         if device.type == "cpu"
         else name,
