@@ -1,9 +1,14 @@
-"""The networks of the study, for 3x32x32 images. Needs torch and torchvision; copy it alone if you like.
+"""The networks of the study, for 3x32x32 images.
 
-from models import build
-model = build("custom", num_classes=10, dropout=0.2)  # or resnet18, densenet121, efficientnet_b0
-logits = model(images)  # float (N, 3, 32, 32), normalised -> float (N, 10)
+    from models import build
+    model = build("custom", num_classes=10, dropout=0.2)  # or resnet18, densenet121, efficientnet_b0
+    logits = model(images)  # float (N, 3, 32, 32), normalised -> float (N, 10)
+
+Needs torch and torchvision only: copy this file into your own project.
 """
+
+import contextlib
+import sys
 
 import torch
 from torch import nn
@@ -69,9 +74,12 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
         models as torchvision_models,
     )  # here, since it takes over a second, and custom needs none
 
+    weights = "IMAGENET1K_V1" if pretrained else None
     try:
-        model = torchvision_models.get_model(arch, weights="IMAGENET1K_V1" if pretrained else None)
+        with contextlib.redirect_stderr(sys.stdout):  # what torch.hub says of a download is no error
+            model = torchvision_models.get_model(arch, weights=weights, progress=sys.stdout.isatty())
     except (OSError, RuntimeError) as error:  # no network; a file whose hash is not the one in its name
+        print(flush=True)  # torch.hub leaves its line open
         raise RuntimeError(
             f"the ImageNet weights of {arch} cannot be fetched ({error}): connect to the network, put the file "
             "into $TORCH_HOME/hub/checkpoints, or train without pretrained weights"
