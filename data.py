@@ -121,9 +121,8 @@ def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoc
     scale, shift = scale_and_shift(mean, std, device)
     bounds = [*range(0, total, batch_size), total]
     if seed is not None and len(bounds) > 2 and total - bounds[-2] == 1:
-        del bounds[
-            -2
-        ]  # batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
+        # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
+        del bounds[-2]
     step = max(1, CHUNK // batch_size)
     for first in range(0, len(bounds) - 1, step):
         part = bounds[first : first + step + 1]
