@@ -346,8 +346,7 @@ def random_rotation(images, generator, degrees=15):
 def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Boxes of RandomResizedCrop, (top, left, height, width), each float (N,): the first of ten tries that
     fits, else the largest box in the middle whose ratio is allowed."""
-    area = height * width * _uniform(generator, *scale, count, tries)
-    aspect = _uniform(generator, math.log(ratio[0]), math.log(ratio[1]), count, tries).exp()
+    area, aspect = _draw_shapes(generator, height * width, scale, ratio, count, tries)
     widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     box_height, box_width, found = _first(fits, heights, widths)
@@ -360,6 +359,12 @@ def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4
     top = torch.where(found, top, (height - middle_height) // 2)
     left = torch.where(found, left, (width - middle_width) // 2)
     return top, left, box_height, box_width
+
+
+def _draw_shapes(generator, whole, scale, ratio, *shape):
+    """Areas, a share of the whole in scale, and aspects, even on a logarithmic scale in ratio."""
+    area = whole * _uniform(generator, *scale, *shape)
+    return area, _uniform(generator, math.log(ratio[0]), math.log(ratio[1]), *shape).exp()
 
 
 def _first(fits, *values):
@@ -377,8 +382,7 @@ def random_crop(images, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3)):
 def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), tries=10):
     """Boxes of RandomErasing, (top, left, height, width), each float (N,): the first of ten tries that is
     smaller than the image; else, and for a share 1 - p of the images, height 0."""
-    area = height * width * _uniform(generator, *scale, count, tries)
-    aspect = _uniform(generator, math.log(ratio[0]), math.log(ratio[1]), count, tries).exp()
+    area, aspect = _draw_shapes(generator, height * width, scale, ratio, count, tries)
     heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     box_height, box_width, found = _first((heights < height) & (widths < width), heights, widths)
     found &= _uniform(generator, 0, 1, count) < p
@@ -464,10 +468,9 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
     """
     if name == "none":
         return [[]]
-    basic = [random_flip, random_rotation, random_crop]
-    if (
-        name == "hybrid"
-    ):  # each image twice; the authors cut out before normalising: black, and on every image
+    if name == "hybrid":
+        # Each image twice. The authors cut out before normalising: black, and on every image
+        basic = [random_flip, random_rotation, random_crop]
         return [basic, [*basic, functools.partial(random_cutout, p=1.0)]]
     unknown = [part for part in name.split("+") if part not in AUGMENTATIONS]
     if unknown:

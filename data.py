@@ -116,13 +116,8 @@ def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoc
     """
     count = len(split.labels)
     total = count * len(streams)
-    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    order = torch.arange(total) if seed is None else torch.randperm(total, generator=generator)
+    order, bounds, generator = plan(total, batch_size, seed, epoch)
     scale, shift = scale_and_shift(mean, std, device)
-    bounds = [*range(0, total, batch_size), total]
-    if seed is not None and len(bounds) > 2 and total - bounds[-2] == 1:
-        # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
-        del bounds[-2]
     step = max(1, CHUNK // batch_size)
     for first in range(0, len(bounds) - 1, step):
         part = bounds[first : first + step + 1]
@@ -135,6 +130,18 @@ def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoc
         images = images.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift)
         for start, end in itertools.pairwise(part):
             yield images[start - part[0] : end - part[0]], labels[start - part[0] : end - part[0]]
+
+
+def plan(total, batch_size, seed=None, epoch=0):
+    """An epoch's order, int64 (total,), the bounds of its batches, and the generator that shuffled it, for more
+    of the epoch's randomness; all by seed and epoch alone. seed None keeps the order."""
+    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
+    order = torch.arange(total) if seed is None else torch.randperm(total, generator=generator)
+    bounds = [*range(0, total, batch_size), total]
+    if seed is not None and len(bounds) > 2 and total - bounds[-2] == 1:
+        # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
+        del bounds[-2]
+    return order, bounds, generator
 
 
 def scale_and_shift(mean, std, device):
@@ -485,9 +492,8 @@ def _download_cinic10(root):
     reasons = []
     for url in CINIC10_URLS:
         print(f"fetching {url}", flush=True)
-        with _temporary_folder(
-            root
-        ) as temporary:  # never taken for whole: it gets its place when it is checked
+        # Never taken for whole: it gets its place when it is checked
+        with _temporary_folder(root) as temporary:
             try:
                 with _impatient():
                     utils.download_url(url, temporary, filename=archive.name)

@@ -193,10 +193,7 @@ def fit_episodes(model, args, seed, dataset, device, checkpoint):
             with autocast:
                 embeddings = model(images)
             loss = count_episode(episode_logits(embeddings, args.way, args.shot), classes, totals)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            train.descend(loss, optimizer, scaler)
             progress(1)
         progress.clear()
         entry = {"epoch": block, "episodes": BLOCK * (block - 1) + count, "train": totals.metrics()}

@@ -70,9 +70,8 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
         return CustomCNN(num_classes, dropout)
     if dropout:
         raise ValueError(f"{arch} has no dropout setting: only custom does, so leave dropout at 0")
-    from torchvision import (
-        models as torchvision_models,
-    )  # here, since it takes over a second, and custom needs none
+    # Here, since importing it takes over a second, and the custom network needs none of it
+    from torchvision import models as torchvision_models
 
     weights = "IMAGENET1K_V1" if pretrained else None
     try:

@@ -8,6 +8,7 @@ The experts are the custom network on hybrid augmentation with dropout 0.2, the 
 on all classes (the base), one on vehicles, one on animals. They are taken from --out if `train.py` left them there.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -61,13 +62,11 @@ def features(networks, adapters, split, dataset, device, autocast):
 
 
 def feature_batches(inputs, labels, batch_size, seed=None, epoch=0):
-    """(features, labels) in the order of `data.batches`. A last batch of one joins the one before."""
-    generator = torch.Generator().manual_seed(data.seed_from(seed, epoch))
-    order = torch.arange(len(labels)) if seed is None else torch.randperm(len(labels), generator=generator)
-    batches = list(order.to(inputs.device).split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    for rows in batches:
+    """(features, labels) in the order of `data.batches`."""
+    order, bounds, _ = data.plan(len(labels), batch_size, seed, epoch)
+    order = order.to(inputs.device)
+    for start, end in itertools.pairwise(bounds):
+        rows = order[start:end]
         yield inputs[rows], labels[rows]
 
 

@@ -127,11 +127,16 @@ def train_step(model, optimizer, scaler, autocast, images, labels, totals):
     with autocast:
         logits = model(images)
     loss = F.cross_entropy(logits.float(), labels)
+    descend(loss, optimizer, scaler)
+    totals.count(logits, labels, loss)
+
+
+def descend(loss, optimizer, scaler):
+    """Backward and one step of the optimizer."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    totals.count(logits, labels, loss)
 
 
 def train_epoch(model, optimizer, scaler, autocast, batches, totals, progress):
