@@ -10,8 +10,6 @@ end every image of the fraction is embedded, each class is split into sub-protot
 split goes to the nearest.
 """
 
-import time
-
 import torch
 from tabulate import tabulate
 from torch.nn import functional as F
@@ -60,39 +58,43 @@ def check_sizes(labels, way, shot, query, fraction, names):
         )
 
 
-def episode_logits(embeddings, way, shot):
-    """Minus the squared distance of each query to each prototype, float (way * query, way).
+class Prototypes(torch.nn.Module):
+    """An embedding and the nearest prototype, as one network over an episode.
 
-    embeddings: float (way * (shot + query), D), the support images first, both sorted by class.
+    images: float (way * (shot + query), 3, H, W), the support images first, both sorted by class. Returns minus the
+    squared distance of each query to each prototype, float (way * query, way).
     """
+
+    def __init__(self, embedding, way, shot):
+        super().__init__()
+        self.embedding, self.way, self.shot = embedding, way, shot
+
+    def forward(self, images):
+        return episode_logits(self.embedding(images), self.way, self.shot)
+
+
+def episode_logits(embeddings, way, shot):
+    """As Prototypes, from embeddings, float (way * (shot + query), D)."""
     support, query = embeddings[: way * shot], embeddings[way * shot :]
     prototypes = support.view(way, shot, -1).mean(1)
     return -(query[:, None] - prototypes).square().sum(2)
 
 
 def episodes(split, dataset, args, count, device, generator, streams):
-    """Yield (images, classes) for each of `count` episodes: float (way * (shot + query), 3, H, W), support
-    first; int64 (way,). Queries go through the stream of augmentations, all episodes' at once."""
-    classes, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
+    """Yield (images, labels) of each of `count` episodes: float (way * (shot + query), 3, H, W), support first; int64
+    (way * query,), each query's place among the episode's classes. Queries go through the stream of augmentations,
+    all episodes' at once."""
+    _, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
     where = split.images.device
     support = split.images[rows[:, :, : args.shot].flatten().to(where)].to(device)
     query = split.images[rows[:, :, args.shot :].flatten().to(where)].to(device)
     for augmentation in streams[0]:
         query = augmentation(query, generator)
     scale, shift = data.scale_and_shift(dataset.mean, dataset.std, device)
-    parts = zip(support.chunk(count), query.chunk(count), classes.to(device), strict=True)
-    for support_images, query_images, chosen in parts:
-        images = torch.cat([support_images, query_images]).contiguous(memory_format=torch.channels_last)
-        yield images.float().mul_(scale).add_(shift), chosen
-
-
-def count_episode(logits, classes, totals):
-    """Loss of an episode, counted under the true classes of its images."""
-    labels = torch.arange(len(classes), device=logits.device).repeat_interleave(len(logits) // len(classes))
-    loss = F.cross_entropy(logits, labels)
-    everywhere = logits.new_full((len(logits), len(totals.confusion)), -torch.inf)
-    totals.count(everywhere.index_copy(1, classes, logits.detach()), classes[labels], loss)
-    return loss
+    labels = torch.arange(args.way, device=device).repeat_interleave(args.query)
+    for parts in zip(support.chunk(count), query.chunk(count), strict=True):
+        images = torch.cat(parts).contiguous(memory_format=torch.channels_last)
+        yield images.float().mul_(scale).add_(shift), labels
 
 
 # Test: sub-prototypes
@@ -153,9 +155,21 @@ def train_embedding(args, seed, dataset, device, checkpoint):
     torch.manual_seed(seed)
     model = models.FewShotEmbedding().to(device, memory_format=torch.channels_last)
     print(f"embedding: {train.describe_model(model, args, device)}")
-    history = fit_episodes(model, args, seed, dataset, device, checkpoint)
+    streams = augment.parse("flip+autoaugment")
+    blocks = [min(BLOCK, args.episodes - start) for start in range(0, args.episodes, BLOCK)]
 
-    autocast, _ = train.mixed_precision(args.amp, device)
+    def train_batches(block):
+        generator = torch.Generator().manual_seed(data.seed_from(seed, block, "episodes"))
+        return episodes(dataset.train, dataset, args, blocks[block - 1], device, generator, streams)
+
+    history = train.fit(
+        *(Prototypes(model, args.way, args.shot), args, seed, args.way, device, checkpoint),
+        counts=[count * args.way * (args.shot + args.query) for count in blocks],
+        train_batches=train_batches,
+        unit=f"{BLOCK} episodes",
+    )
+
+    autocast, _ = train.mixed_precision(args, device)
     num_classes = len(dataset.classes)
     labels = dataset.train.labels.to(device)
     points, tests = (embed(model, part, dataset, device, autocast) for part in (dataset.train, dataset.test))
@@ -172,42 +186,6 @@ def train_embedding(args, seed, dataset, device, checkpoint):
     outcome["nearest_image"] = totals.metrics()
     show(outcome)
     return model.state_dict(), outcome
-
-
-def fit_episodes(model, args, seed, dataset, device, checkpoint):
-    """args.episodes steps, a line of history for every BLOCK of them."""
-    optimizer = train.make_optimizer(model.parameters(), args, device)
-    autocast, scaler = train.mixed_precision(args.amp, device)
-    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    history = checkpoint.restore(stateful)
-    streams = augment.parse("flip+autoaugment")
-    blocks = -(-args.episodes // BLOCK)
-    for block in range(len(history) + 1, blocks + 1):
-        started = time.monotonic()
-        count = min(BLOCK, args.episodes - BLOCK * (block - 1))
-        generator = torch.Generator().manual_seed(data.seed_from(seed, block, "episodes"))
-        totals = train.Totals(len(dataset.classes), device)
-        progress = data.Progress(f"episodes {BLOCK * (block - 1)}+", count)
-        model.train()
-        for images, classes in episodes(dataset.train, dataset, args, count, device, generator, streams):
-            with autocast:
-                embeddings = model(images)
-            loss = count_episode(episode_logits(embeddings, args.way, args.shot), classes, totals)
-            train.descend(loss, optimizer, scaler)
-            progress(1)
-        progress.clear()
-        entry = {"epoch": block, "episodes": BLOCK * (block - 1) + count, "train": totals.metrics()}
-        train.check_finite(entry["train"]["loss"], f"the episodes before {entry['episodes']}")
-        seconds = time.monotonic() - started
-        images_seen = count * args.way * (args.shot + args.query)
-        history.append({**entry, "seconds": seconds, "images_per_second": images_seen / seconds})
-        if block < blocks:
-            checkpoint.save(stateful, history)
-        trained = entry["train"]
-        print(f"episode {entry['episodes']:>{len(str(args.episodes))}}/{args.episodes}  loss {trained['loss']:.4f} "
-              f"accuracy {trained['accuracy']:.4f}  {count / seconds:.1f} episodes/s, "
-              f"{(args.episodes - entry['episodes']) * seconds / count:.0f} s left", flush=True)  # fmt: skip
-    return history
 
 
 def validate(model, args, dataset, device, autocast):

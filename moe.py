@@ -77,7 +77,7 @@ def train_gate(args, seed, dataset, device, checkpoint):
     classes = len(dataset.classes)
     model = models.MixtureOfExperts(len(networks), classes, train_adapters=args.train_adapters).to(device)
     print(f"mixture: {train.describe_model(model, args, device)}")
-    autocast, _ = train.mixed_precision(args.amp, device)
+    autocast, _ = train.mixed_precision(args, device)
     adapters = None if args.train_adapters else model.adapt
     seen = {
         name: features(networks, adapters, getattr(dataset, name), dataset, device, autocast)
@@ -86,7 +86,7 @@ def train_gate(args, seed, dataset, device, checkpoint):
     labels = {name: getattr(dataset, name).labels.to(device) for name in data.SPLITS}
     history = train.fit(
         *(model, args, seed, classes, device, checkpoint),
-        count=len(labels["train"]),
+        counts=[len(labels["train"])] * args.epochs,
         train_batches=lambda epoch: feature_batches(
             seen["train"], labels["train"], args.batch_size, seed, epoch
         ),

@@ -41,6 +41,7 @@ OPTIMIZERS = {
     "nadam": torch.optim.NAdam,
 }
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
+SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions, at half the speed of float32
 EVALUATION_BATCH = 256  # does not touch the numbers; larger ones leave a CPU's cache
 
 # How a setting shows in a run's name when it differs from the recipe, in this order
@@ -122,29 +123,24 @@ class Totals:
 # The loop
 
 
-def train_step(model, optimizer, scaler, autocast, images, labels, totals):
+def train_step(model, optimizer, scaler, autocast, inputs, labels, totals):
     """Forward, loss, backward, step, count."""
     with autocast:
-        logits = model(images)
+        logits = model(inputs)
     loss = F.cross_entropy(logits.float(), labels)
-    descend(loss, optimizer, scaler)
-    totals.count(logits, labels, loss)
-
-
-def descend(loss, optimizer, scaler):
-    """Backward and one step of the optimizer."""
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
+    totals.count(logits, labels, loss)
 
 
 def train_epoch(model, optimizer, scaler, autocast, batches, totals, progress):
     """One pass over `batches`. Nothing on the device is read here, so that the host runs ahead of it."""
     model.train()
-    for images, labels in batches:
-        train_step(model, optimizer, scaler, autocast, images, labels, totals)
-        progress(len(labels))
+    for inputs, labels in batches:
+        train_step(model, optimizer, scaler, autocast, inputs, labels, totals)
+        progress(len(inputs))
     progress.clear()
 
 
@@ -159,29 +155,42 @@ def evaluate(model, autocast, batches, totals):
     return totals
 
 
-def fit(model, args, seed, num_classes, device, checkpoint, count, train_batches, valid_batches):
-    """Train for args.epochs epochs, from the checkpoint if there is one; returns the history.
+def fit(
+    model,
+    args,
+    seed,
+    num_classes,
+    device,
+    checkpoint,
+    counts,
+    train_batches,
+    valid_batches=None,
+    unit="epoch",
+):
+    """Train for len(counts) epochs, from the checkpoint if there is one; returns the history.
 
-    train_batches(epoch) and valid_batches() begin an epoch of (inputs, labels); count: inputs in one.
+    train_batches(epoch) and valid_batches() begin an epoch of (inputs, labels); counts: inputs in each epoch.
     """
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], args, device)
-    autocast, scaler = mixed_precision(args.amp, device)
+    autocast, scaler = mixed_precision(args, device)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
-    for epoch in range(len(history) + 1, args.epochs + 1):
+    for epoch, count in list(enumerate(counts, start=1))[len(history) :]:
         torch.manual_seed(data.seed_from(seed, epoch, "dropout"))  # so that a resumed run draws the same
         started = time.monotonic()
         totals = Totals(num_classes, device)
-        progress = data.Progress(f"epoch {epoch}/{args.epochs}", count)
+        progress = data.Progress(f"{unit} {epoch}/{len(counts)}", count)
         train_epoch(model, optimizer, scaler, autocast, train_batches(epoch), totals, progress)
         entry = {"epoch": epoch, "train": totals.metrics()}
         rate = count / (time.monotonic() - started)
-        check_finite(entry["train"]["loss"], f"epoch {epoch}")
-        entry["valid"] = evaluate(model, autocast, valid_batches(), Totals(num_classes, device)).metrics()
+        check_finite(entry["train"]["loss"], f"{unit} {epoch}")
+        if valid_batches:
+            totals = evaluate(model, autocast, valid_batches(), Totals(num_classes, device))
+            entry["valid"] = totals.metrics()
         history.append({**entry, "seconds": time.monotonic() - started, "images_per_second": rate})
-        if epoch < args.epochs:
+        if epoch < len(counts):
             checkpoint.save(stateful, history)
-        print(epoch_line(history[-1], args.epochs), flush=True)
+        print(epoch_line(history[-1], len(counts), unit), flush=True)
     return history
 
 
@@ -198,11 +207,11 @@ def train(args, seed, dataset, device, checkpoint):
 
     history = fit(
         *(model, args, seed, len(dataset.classes), device, checkpoint),
-        count=len(dataset.train.labels) * len(streams),
+        counts=[len(dataset.train.labels) * len(streams)] * args.epochs,
         train_batches=lambda epoch: batches(dataset.train, args.batch_size, streams, seed, epoch),
         valid_batches=lambda: batches(dataset.valid, EVALUATION_BATCH),
     )
-    autocast, _ = mixed_precision(args.amp, device)
+    autocast, _ = mixed_precision(args, device)
     totals = Totals(len(dataset.classes), device)
     evaluate(model, autocast, batches(dataset.test, EVALUATION_BATCH), totals)
     tested = {"test": totals.metrics(), "confusion": totals.confusion.tolist()}
@@ -217,13 +226,15 @@ def check_finite(loss, when):
 
 def describe_model(model, args, device):
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return f"{learned:,} parameters to learn, computed in {precision(args.amp, device) or torch.float32}"
+    return f"{learned:,} parameters to learn, computed in {precision(args, device) or torch.float32}"
 
 
-def epoch_line(entry, epochs):
-    parts = [f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"]
+def epoch_line(entry, epochs, unit):
+    parts = [f"{unit} {entry['epoch']:>{len(str(epochs))}}/{epochs}"]
     parts += [
-        f"{p} loss {entry[p]['loss']:.4f} accuracy {entry[p]['accuracy']:.4f}" for p in ("train", "valid")
+        f"{part} loss {entry[part]['loss']:.4f} accuracy {entry[part]['accuracy']:.4f}"
+        for part in ("train", "valid")
+        if part in entry
     ]
     left = entry["seconds"] * (epochs - entry["epoch"])
     parts.append(f"{entry['seconds']:.1f} s, {entry['images_per_second']:,.0f} images/s, {left:.0f} s left")
@@ -254,20 +265,28 @@ def choose_device(name):
     return torch.device(name)
 
 
-def precision(amp, device):
-    """The dtype to compute in, None for float32. auto: on CUDA bf16 where the GPU has it, else fp16."""
-    if amp == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if amp == "fp16" and device.type == "cpu":
+def precision(args, device):
+    """The dtype that --amp computes in, None for float32. auto: on CUDA bf16 where the GPU has it, else fp16; on a
+    CPU bf16 where it has instructions for that, save for networks that it slows down."""
+    if args.amp == "fp16" and device.type == "cpu":
         raise ValueError("--amp fp16: a CPU has no fast fp16; use bf16 or off")
-    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    if args.amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    fast = device.type == "cpu" and cpu_has_bf16() and vars(args).get("arch") not in SLOW_IN_BF16
+    return torch.bfloat16 if fast else None
 
 
-def mixed_precision(amp, device):
-    """The autocast context and the gradient scaler for `--amp`; both do nothing for float32."""
-    dtype = precision(amp, device)
+def cpu_has_bf16():
+    """Whether the CPU multiplies in bf16; elsewhere PyTorch emulates it, at a loss."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not documented, so they may be gone
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
+def mixed_precision(args, device):
+    """The autocast context and the gradient scaler for --amp; both do nothing for float32."""
+    dtype = precision(args, device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -400,7 +419,7 @@ def run_seeds(args, name, train_one):
     train_one(args, seed, dataset, device, checkpoint) returns weights and a part of a result.
     """
     device = choose_device(args.device)
-    precision(args.amp, device)  # complains now, not after loading
+    dtype = precision(args, device) or torch.float32  # complains now, not after loading
     make_repeatable()
     folder = Path(args.out) / name
     dataset, results = None, {}
@@ -435,7 +454,7 @@ def run_seeds(args, name, train_one):
                 "mean": dataset.mean,
                 "std": dataset.std,
             },
-            "environment": environment(device),
+            "environment": {**environment(device), "dtype": str(dtype).removeprefix("torch.")},
             **outcome,
             "seconds": sum(entry["seconds"] for entry in outcome["history"]),
             "peak_memory_bytes": peak_memory_bytes(device),
@@ -498,8 +517,8 @@ def add_run_arguments(parser):
         "--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps"
     )
     group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-                       help="number format: auto is bf16 on a GPU that has it, else fp16 with a gradient scaler, and "
-                       "float32 on a CPU")  # fmt: skip
+                       help="number format: auto is the fastest: bf16 on a GPU or CPU that has it, else fp16 with a "
+                       "gradient scaler on a GPU and float32 on a CPU")  # fmt: skip
     group.add_argument("--out", default="results", help="folder for results (default: %(default)s)")
     group.add_argument("--force", action="store_true", help="run again even if the result is there")
 

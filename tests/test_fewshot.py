@@ -36,12 +36,15 @@ def test_embedding_layer_by_layer():
     assert model.attention.heads == 2
 
 
-def test_attention_equals_pytorchs_own():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_equals_pytorchs_own(dtype):
     ours, theirs = models.SelfAttention(64, 2), torch.nn.MultiheadAttention(64, 2, batch_first=True)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
     theirs.out_proj.load_state_dict(ours.out.state_dict())
     tokens = torch.randn(3, 20, 64)
-    assert torch.allclose(ours(tokens), theirs(tokens, tokens, tokens)[0], atol=1e-6)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        found, wanted = ours(tokens), theirs(tokens, tokens, tokens)[0]
+    assert torch.allclose(found.float(), wanted.float(), atol=1e-6 if dtype == torch.float32 else 4e-3)
 
 
 def test_episodes_draw_classes_anew_and_no_image_twice():
@@ -72,8 +75,8 @@ def test_support_is_left_alone_and_queries_are_augmented():
         seen[name] = list(
             fewshot.episodes(dataset.train, dataset, args, 5, torch.device("cpu"), generator, streams)
         )
-    for (plain, classes), (augmented, same) in zip(*seen.values(), strict=True):
-        assert plain.shape == (18, 3, 32, 32) and torch.equal(classes, same)
+    for (plain, labels), (augmented, _) in zip(*seen.values(), strict=True):
+        assert plain.shape == (18, 3, 32, 32) and labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert torch.equal(plain[:6], augmented[:6]) and not torch.equal(plain[6:], augmented[6:])
 
 
@@ -96,14 +99,6 @@ def test_logits_are_minus_squared_distances_to_the_means():
             mean = (embeddings[2 * label] + embeddings[2 * label + 1]) / 2
             wanted = -((embeddings[6 + query] - mean) ** 2).sum()
             assert logits[query, label] == pytest.approx(wanted.item(), abs=1e-5)
-
-
-def test_an_episode_is_counted_under_its_true_classes():
-    totals = train.Totals(10, torch.device("cpu"))
-    logits = torch.eye(3).repeat_interleave(4, 0) * 9
-    loss = fewshot.count_episode(logits, torch.tensor([7, 2, 5]), totals)
-    assert totals.confusion.diagonal().tolist() == [0, 0, 4, 0, 0, 4, 0, 4, 0, 0]
-    assert loss.item() == pytest.approx(totals.metrics()["loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize(("count", "clusters"), [(300, 3), (90, 5), (40, 1), (2, 3), (4, 4)])
@@ -146,7 +141,7 @@ def test_run_result_and_same_bits(run, tmp_path):
     for name in ("test", "one_prototype", "nearest_image"):
         assert set(result[name]) == set(train.METRICS)
     assert np.array(result["confusion"]).sum() == 1000
-    assert result["history"][0]["episodes"] == 12
+    assert len(result["history"]) == 1 and set(result["history"][0]["train"]) == set(train.METRICS)
     assert "skipped" in run("fewshot.py", *TINY, "--out", tmp_path / "a").stdout
 
 

@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_frozen_experts_do_not_change_while_features_are_computed():
     network = models.build("custom").eval().requires_grad_(False)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     cpu = torch.device("cpu")
-    autocast, _ = train.mixed_precision("off", cpu)
+    autocast, _ = train.mixed_precision(argparse.Namespace(amp="off"), cpu)
     seen = moe.features([network] * 3, None, dataset.train, dataset, cpu, autocast)
     assert seen.shape == (40, 3, 4096)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
