@@ -223,7 +223,8 @@ def show(outcome):
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
 
-def main():
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("episodes")
     count = train.number(int, 0)
@@ -235,7 +236,7 @@ def main():
     train.add_optimizer_arguments(parser)
     train.add_run_arguments(parser)
     parser.set_defaults(fraction=0.01)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     train.check_optimizer(args)
     query = next((q for p, q in reversed(QUERIES.items()) if p <= args.fraction), QUERIES[0.001])
     args.query = args.query or query
@@ -243,7 +244,11 @@ def main():
     name = train.run_name(
         args, ("fewshot", f"p{args.fraction!r}"), lambda key: recipe.get(key, parser.get_default(key))
     )
-    train.run_seeds(args, name, train_embedding)
+    return args, name
+
+
+def main():
+    train.run_seeds(*parse_arguments(), train_embedding)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How fast it is here: ours and the others in turn, on the same images, medians of several rounds.
 
     python tests/benchmark.py augment                    # images/s of every augmentation
+    python tests/benchmark.py fewshot                    # episodes/s, against a plain loop
     python tests/benchmark.py augment --device cuda --json augment.json
 
 Kornia and torchaug are measured where they are installed (pip install kornia torchaug).
@@ -11,19 +12,25 @@ import functools
 import importlib.util
 import json
 import platform
+import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import tabulate
 import torch
 import torchvision
-from torchvision import transforms
+from torch.nn import functional as F
+from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import augment
 import data
+import fewshot
+import models
+import train
 
 SIZES = (64, 1024, 16384)  # images in a batch
 PER_IMAGE = 64  # on so many are ways timed that take one image after the other: their rate does not hang on N
@@ -155,7 +162,90 @@ def show_augment(rows):
                             + ["right"] * len(columns) + ["left"]))  # fmt: skip
 
 
-BENCHMARKS = {"augment": (benchmark_augment, show_augment)}
+class PlainAttention(torch.nn.MultiheadAttention):
+    def forward(self, tokens):
+        return super().forward(tokens, tokens, tokens)[0]
+
+
+def image_files(folder, images, labels):
+    """A folder in ImageFolder's layout."""
+    for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        path = Path(folder) / data.CLASSES[label] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        transforms.functional.to_pil_image(image).save(path)
+    return folder
+
+
+def plain_episodes(folder, args, device):
+    """Few-shot training as it is usually written: a data set that decodes and augments image after image, PyTorch's
+    own attention, float32, support and query embedded one after the other. Returns a function that does one step."""
+    to_tensor = [transforms.ToTensor(), transforms.Normalize((0.5,) * 3, (0.25,) * 3)]
+    policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
+    support_set = datasets.ImageFolder(folder, transforms.Compose(to_tensor))
+    query_set = datasets.ImageFolder(
+        folder, transforms.Compose([transforms.RandomHorizontalFlip(), policy, *to_tensor])
+    )
+    rows = [[i for i, label in enumerate(support_set.targets) if label == c] for c in range(10)]
+    model = models.FewShotEmbedding()
+    model.attention = PlainAttention(64, 2, batch_first=True)
+    model = model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    labels = torch.arange(args.way, device=device).repeat_interleave(args.query)
+
+    def step():
+        support, query = [], []
+        for label in random.sample(range(10), args.way):
+            chosen = random.sample(rows[label], args.shot + args.query)
+            support += [support_set[i][0] for i in chosen[: args.shot]]
+            query += [query_set[i][0] for i in chosen[args.shot :]]
+        prototypes = model(torch.stack(support).to(device)).view(args.way, args.shot, -1).mean(1)
+        logits = -torch.cdist(model(torch.stack(query).to(device)), prototypes).square()
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def benchmark_fewshot(device, rounds):
+    """Episodes/s of 5-way 5-shot training with 10 queries a class, ours and the plain loop's."""
+    args, count = fewshot.parse_arguments(["--data", "synthetic", "--fraction", "0.01"])[0], 20
+    dataset = data.synthetic((1000, 100, 100))
+    split = data.to_device(dataset.train, device)
+    network = fewshot.Prototypes(models.FewShotEmbedding(), args.way, args.shot)
+    network = network.to(device, memory_format=torch.channels_last)
+    optimizer = train.make_optimizer(network.parameters(), args, device)
+    autocast, scaler = train.mixed_precision(args, device)
+    generator, streams = torch.Generator().manual_seed(1), augment.parse("flip+autoaugment")
+
+    def ours():
+        totals, progress = train.Totals(args.way, device), data.Progress("ours", 75 * count)
+        batches = fewshot.episodes(split, dataset, args, count, device, generator, streams)
+        train.train_epoch(network, optimizer, scaler, autocast, batches, totals, progress)
+        return totals.metrics()
+
+    with tempfile.TemporaryDirectory() as folder:
+        step = plain_episodes(image_files(folder, dataset.train.images, dataset.train.labels), args, device)
+        ways = {"ours": ours, "plain loop": lambda: [step() for _ in range(count // 2)]}
+        seconds = in_turn(ways, device, rounds)
+    rates = {"ours": count / seconds["ours"], "plain loop": count // 2 / seconds["plain loop"]}
+    return [{"what": "episodes/s", "rates": rates, "ratio": rates["ours"] / rates["plain loop"]}]
+
+
+def show_pairs(rows):
+    names = list(dict.fromkeys(name for row in rows for name in row["rates"]))
+    table = [
+        [row["what"], *(f"{row['rates'][name]:,.1f}" if name in row["rates"] else "-" for name in names)]
+        + [f"{row['ratio']:.1f}x"]
+        for row in rows
+    ]
+    print(tabulate.tabulate(table, ["", *names, "ratio"], tablefmt="github", disable_numparse=True,
+                            colalign=["left"] + ["right"] * (len(names) + 1)))  # fmt: skip
+
+
+BENCHMARKS = {"augment": (benchmark_augment, show_augment), "fewshot": (benchmark_fewshot, show_pairs)}
 
 
 def main():
