@@ -137,7 +137,8 @@ def show(args, dataset, outcome):
     print("\n" + tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
 
-def main():
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("mixture")
     group.add_argument("--animals", default="cat,dog,deer,horse", help="classes of the animals expert, or all six "
@@ -146,10 +147,14 @@ def main():
                        "default they stay at their random start, as in the authors' code")  # fmt: skip
     train.add_training_arguments(parser)
     train.add_run_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.classes or args.dropout:
         raise ValueError("--classes and --dropout: the mixture has all classes and dropouts of its own")
-    train.run_seeds(args, train.run_name(args, ("moe",), parser.get_default), train_gate)
+    return args, train.run_name(args, ("moe",), parser.get_default)
+
+
+def main():
+    train.run_seeds(*parse_arguments(), train_gate)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+#!/usr/bin/env bash
+# Every run behind the tables and figures of the slides, and then the tables.
+#
+#   bash run_all.sh                        everything: CINIC-10, seeds 1 2 3
+#   bash run_all.sh --smoke                everything, tiny, on images that the program draws: minutes
+#   bash run_all.sh --only initial,moe --data path/to/folder --seeds "1 2 3" --jobs 2
+#   bash run_all.sh --list                 print the commands, one a line, and run nothing
+#   bash run_all.sh -- --epochs 2 --fraction 0.1      with settings of your own for every training
+#
+#   --only A,B       these tables: a name in the first column below
+#   --arch A,B       these architectures, of custom, densenet121, resnet18, efficientnet_b0
+#   --from-scratch   no ImageNet weights for resnet18 and efficientnet_b0
+#   --data, --root   as for train.py (default: cinic10, data)
+#   --out FOLDER     results, and a log of each run in FOLDER/logs (default: results)
+#   --figures FOLDER (default: figures)
+#   --jobs N         runs at a time, spread over the GPUs (default: one a GPU)
+#
+# A run whose result is there is skipped, one that was stopped goes on: start it again after anything.
+
+# The study. A run has the recipe (Adam, lr 0.001, batch 64, 10 epochs) and the settings of its line; `all` is each
+# of the four architectures, `others` each but custom. Settings after -- come before those of a line, which win.
+study='
+tables                           what     settings
+initial                          all      --aug none
+overfitting                      custom   --aug none --epochs 30
+augmentation                     all      --aug flip
+augmentation                     all      --aug rotation
+augmentation                     all      --aug crop
+augmentation                     all      --aug jitter
+augmentation                     all      --aug autoaugment
+augmentation                     all      --aug cutout
+hybrid,learning-rate             others   --aug hybrid
+hybrid,learning-rate,optimizer   custom   --aug hybrid
+learning-rate                    all      --aug hybrid --lr 0.002
+learning-rate                    all      --aug hybrid --lr 0.0005
+optimizer                        custom   --aug hybrid --optimizer adamax
+optimizer                        custom   --aug hybrid --optimizer adagrad
+weight-decay                     all      --aug none --weight-decay 0.0001
+weight-decay                     all      --aug none --weight-decay 0.0002
+weight-decay                     all      --aug none --weight-decay 0.00005
+dropout                          custom   --aug hybrid --dropout 0.1
+dropout,moe                      custom   --aug hybrid --dropout 0.2
+dropout                          custom   --aug hybrid --dropout 0.3
+dropout                          custom   --aug hybrid --dropout 0.4
+moe                              custom   --aug hybrid --dropout 0.2 --classes vehicles
+moe                              custom   --aug hybrid --dropout 0.2 --classes cat,deer,dog,horse
+fewshot                          fewshot  --fraction 0.001
+fewshot                          fewshot  --fraction 0.002
+fewshot                          fewshot  --fraction 0.005
+fewshot                          fewshot  --fraction 0.01
+fewshot                          fewshot  --fraction 0.02
+fewshot                          fewshot  --fraction 0.05
+fewshot                          fewshot  --fraction 0.1
+regular                          custom   --aug flip+autoaugment --fraction 0.001 --batch-size 4
+regular                          custom   --aug flip+autoaugment --fraction 0.002 --batch-size 4
+regular                          custom   --aug flip+autoaugment --fraction 0.005 --batch-size 8
+regular                          custom   --aug flip+autoaugment --fraction 0.01 --batch-size 16
+regular                          custom   --aug flip+autoaugment --fraction 0.02 --batch-size 32
+regular                          custom   --aug flip+autoaugment --fraction 0.05
+regular                          custom   --aug flip+autoaugment --fraction 0.1
+samples                          augment
+moe                              moe
+'
+# Choices that the slides leave open: learning rates, optimizers and dropouts were compared on hybrid (the report
+# says so); so were the experts trained, with the dropout that won; weight decays were compared without augmentation.
+
+set -euo pipefail
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+here=$(dirname "${BASH_SOURCE[0]}")/
+[ "$here" = ./ ] && here=
+only='' archs=custom,densenet121,resnet18,efficientnet_b0 scratch='' data=cinic10 root=data out=results figures=figures
+seeds='1 2 3' jobs='' list='' smoke='' extra=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only | --arch | --data | --root | --out | --figures | --seeds | --jobs)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      case $1 in
+        --only) only=$2 ;; --arch) archs=$2 ;; --data) data=$2 ;; --root) root=$2 ;; --out) out=$2 ;;
+        --figures) figures=$2 ;; --seeds) seeds=$2 ;; --jobs) jobs=$2 ;;
+      esac
+      shift ;;
+    --from-scratch) scratch=yes ;;
+    --smoke) smoke=yes ;;
+    --list) list=yes ;;
+    --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    --) shift && extra=("$@") && break ;;
+    *) fail "unknown option $1: see --help; settings for every training come after --" ;;
+  esac
+  shift
+done
+if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions
+  study=$(sed '/fraction 0.00/d; s/--epochs 30/--epochs 3/' <<<"$study")
+  data=synthetic out=smoke/results figures=smoke/figures seeds=1 jobs=${jobs:-2} scratch=yes
+  extra=(--epochs 1 --fraction 0.02 --episodes 5 --shot 1 --query 1 "${extra[@]}")
+fi
+tables=$(sed -n 's/^\([a-z,-]\+\) .*/\1/p' <<<"${study#*settings}" | tr , '\n' | sort -u | paste -sd' ')
+IFS=, read -ra wanted <<<"$only"
+for table in "${wanted[@]}"; do
+  [[ " $tables " == *" $table "* ]] || fail "--only $table: choose from $tables"
+done
+for arch in ${archs//,/ }; do
+  [[ " custom densenet121 resnet18 efficientnet_b0 " == *" $arch "* ]] || fail "--arch $arch: no such architecture"
+done
+[[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": numbers between spaces"
+[[ "${jobs:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: a number from 1 on"
+
+# Commands
+
+extra_for() { # the settings after --, without those that the script does not have
+  local skip=" --way --shot --query --episodes " i
+  [ "$1" = fewshot ] && skip=" --epochs --batch-size --dropout "
+  for ((i = 0; i < ${#extra[@]}; i++)); do
+    if [[ "$skip" == *" ${extra[i]} "* ]]; then ((i++)) || true; else printf '%q ' "${extra[i]}"; fi
+  done
+}
+
+commands=() names=()
+add() { # script, settings: a command, and its name for a log
+  local script=$1 settings=$2 common=''
+  [ "$data" = cinic10 ] || printf -v common ' --data %q' "$data"
+  [ "$root" = data ] || printf -v common '%s --root %q' "$common" "$root"
+  if [ "$script" = augment ]; then
+    printf -v settings -- '--out %q' "$figures/augmentation.png"
+  else
+    [ "$out" = results ] || printf -v common '%s --out %q' "$common" "$out"
+    settings="$(extra_for "$script")$settings"
+    common+=" --seed $seeds"
+  fi
+  commands+=("python $here$script.py${settings:+ ${settings% }}$common")
+  names+=("$(tr -cs 'A-Za-z0-9.+\n' '-' <<<"$script ${2:-}" | sed 's/-*$//')")
+}
+
+while read -r tables what settings; do
+  [ "$tables" ] && [ "$tables" != tables ] || continue
+  [ -z "$only" ] || [[ "$(printf ',%s,' "${tables//,/,,}")" =~ ,(${only//,/|}), ]] || continue
+  case $what in
+    all) networks=custom,densenet121,resnet18,efficientnet_b0 ;;
+    others) networks=densenet121,resnet18,efficientnet_b0 ;;
+    custom) networks=custom ;;
+    *) add "$what" "$settings" && continue ;;
+  esac
+  for arch in ${networks//,/ }; do
+    [[ ",$archs," == *",$arch,"* ]] || continue
+    start=
+    case $arch in resnet18 | efficientnet_b0) [ "$scratch" ] || start=' --pretrained' ;; esac
+    add train "--arch $arch$start $settings"
+  done
+done <<<"$study"
+
+if [ "$list" ]; then
+  printf '%s\n' "${commands[@]}"
+  exit
+fi
+
+# Running
+
+gpus=()
+if [ "${CUDA_VISIBLE_DEVICES:-}" ]; then
+  IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+elif command -v nvidia-smi >/dev/null; then
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+fi
+jobs=${jobs:-$((${#gpus[@]} > 0 ? ${#gpus[@]} : 1))}
+if [ ${#gpus[@]} -eq 0 ] && [ "$jobs" -gt 1 ]; then
+  cores=$(nproc)
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
+fi
+
+pids=() running=() failed=() finished=0 trained=0 began=$SECONDS
+
+stop() {
+  kill "${pids[@]}" 2>/dev/null || true
+  wait
+  printf '\n%d of %d runs have ended; start again to go on\n' "$finished" "${#commands[@]}" >&2
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+show() { # what is done, what runs, how long it will take; one line, drawn over on a terminal
+  local line="$finished/${#commands[@]} done" slot left
+  [ ${#failed[@]} -eq 0 ] || line+=", ${#failed[@]} failed"
+  if [ "$trained" -gt 0 ] && [ "$finished" -lt ${#commands[@]} ]; then
+    left=$(((SECONDS - began) * (${#commands[@]} - finished) / trained))
+    line+=", about $((left / 3600)) h $((left % 3600 / 60)) min left"
+  fi
+  for slot in "${!running[@]}"; do line+="${slot:+ | }${names[${running[slot]}]}"; done
+  if [ -t 1 ]; then printf '\r\033[K%.*s' "${COLUMNS:-120}" "$line"; else echo "$line"; fi
+}
+
+reap() { # wait until a run ends
+  local slot status ended=''
+  while [ ! "$ended" ]; do
+    for slot in "${!pids[@]}"; do
+      kill -0 "${pids[slot]}" 2>/dev/null && continue
+      ended=yes status=0
+      wait "${pids[slot]}" || status=$?
+      ((++finished))
+      [ $status -eq 0 ] || failed+=("${running[slot]}")
+      grep -q 'train loss' "$out/logs/${names[${running[slot]}]}.log" && ((++trained))
+      unset "pids[slot]" "running[slot]"
+    done
+    [ "$ended" ] || sleep 0.2
+  done
+}
+
+start() {
+  local slot=0
+  while [ "${pids[slot]:-}" ]; do ((++slot)); done
+  [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
+  bash -c "exec ${commands[$1]}" >"$out/logs/${names[$1]}.log" 2>&1 </dev/null &
+  pids[slot]=$! running[slot]=$1
+  show
+}
+
+mkdir -p "$out/logs" "$figures"
+plots=(--figures "$figures")
+python -c 'import matplotlib' 2>/dev/null || plots=()
+[ "$data" = synthetic ] || python "${here}data.py" --data "$data" --root "$root" # once, before all want it
+for index in "${!commands[@]}"; do
+  if [[ "${commands[index]}" == *augment.py* ]] && [ ${#plots[@]} -eq 0 ]; then
+    ((++finished))
+    continue
+  fi
+  # the mixture takes its experts from the results of other runs
+  if [[ "${commands[index]}" == *moe.py* ]]; then while [ ${#pids[@]} -gt 0 ]; do reap; done; fi
+  while [ ${#pids[@]} -ge "$jobs" ]; do reap; done
+  start "$index"
+done
+while [ ${#pids[@]} -gt 0 ]; do reap; done
+show
+printf '\n\n'
+
+python "${here}aggregate.py" "$out" "${plots[@]}"
+[ ${#plots[@]} -gt 0 ] || echo "no figures: pip install matplotlib, and start again"
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\n%d of %d runs failed:\n' ${#failed[@]} ${#commands[@]}
+  for index in "${failed[@]}"; do
+    printf '  %s\n    %s: %s\n' "${commands[index]}" "$out/logs/${names[index]}.log" \
+      "$(tail -n 1 "$out/logs/${names[index]}.log")"
+  done
+  exit 1
+fi
