@@ -26,33 +26,23 @@ import tabulate
 # What a setting is when nobody changes it: the recipe of the slides. A result whose other settings differ from it
 # stands in a table of its own.
 RECIPE = {
-    "data": "cinic10",
-    "classes": None,
-    "fraction": 1.0,
-    "epochs": 10,
-    "batch_size": 64,
-    "amp": "auto",
-    "arch": None,
-    "pretrained": False,
-    "aug": None,
-    "dropout": 0.0,
-    "lr": 0.001,
-    "optimizer": "adam",
-    "momentum": 0.0,
-    "weight_decay": 0.0,
-    "way": 5,
-    "shot": 5,
-    "query": None,
-    "episodes": 3000,
-    "animals": "cat,dog,deer,horse",
-    "train_adapters": False,
-}
+    "data": "cinic10", "classes": None, "fraction": 1.0, "epochs": 10, "batch_size": 64, "amp": "auto",
+    "arch": None, "pretrained": False, "aug": None, "dropout": 0.0,
+    "lr": 0.001, "optimizer": "adam", "momentum": 0.0, "weight_decay": 0.0,
+    "way": 5, "shot": 5, "query": None, "episodes": 3000,
+    "animals": "cat,dog,deer,horse", "train_adapters": False,
+}  # fmt: skip
 STUDIED = ("arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay")  # what tables compare
 NO_SETTING = ("seed", "out", "root", "force", "device")  # in a configuration, and no part of what was run
 SCRIPTS = {"way": "fewshot.py", "animals": "moe.py"}  # a setting that only this script has; else train.py
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 BATCHES = {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32, 0.05: 64, 0.1: 64}
 METRICS = ("accuracy", "recall", "precision", "f1", "loss")
+PARTS = {  # of a result file that hold METRICS: in each entry of the history, and beside it
+    "train.py": (("train", "valid"), ("test",)),
+    "fewshot.py": (("train",), ("test", "one_prototype", "nearest_image")),
+    "moe.py": (("train", "valid"), ("test", "base", "ensemble")),
+}
 
 
 # The tables of the slides
@@ -60,7 +50,7 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 class Table(NamedTuple):
     name: str  # as in `run_all.sh --only`
-    title: str
+    title: str | None  # None: only a figure
     script: str
     rows: dict  # label: settings
     columns: dict  # label: (settings, part of a result file, metric)
@@ -98,6 +88,7 @@ def custom(aug="none", **settings):
 # mixture: one). Hybrid, learning rate and optimizer are from the report behind the slides.
 # fmt: off
 TABLES = (
+    Table("overfitting", None, "train.py", {"custom": custom(epochs=30)}, of_metrics("accuracy"), {}),
     Table("initial", "Initial results", "train.py", architectures(), of_metrics(*METRICS), {
         "resnet18": [(0.6775, 0.0015), (0.6775, 0.0015), (0.6763, 0.0010), (0.6752, 0.0017), (0.9602, 0.0293)],
         "densenet121": [(0.7197, 0.0004), (0.7194, 0.0004), (0.7198, 0.0002), (0.7181, 0.0010), (0.8725, 0.0111)],
@@ -218,17 +209,17 @@ def understand(path, content):
     settings["data"] = os.path.normpath(settings["data"])
     if script == "fewshot.py" and settings["query"] == queries(settings["fraction"]):
         settings["query"] = None  # the slides' own
+    if not all(value is None or isinstance(value, str | int | float) for value in settings.values()):
+        raise ValueError("a setting is no plain value")
     done = len(content["history"])
     if script != "fewshot.py" and done != settings["epochs"]:
         raise ValueError(f"half a run: {done} of {settings['epochs']} epochs")
-    for part in (content["test"], *(entry["train"] for entry in content["history"])):
+    history = [entry[part] for entry in content["history"] for part in PARTS[script][0]]
+    for part in (*history, *(content[name] for name in PARTS[script][1])):
         if not all(math.isfinite(part[metric]) for metric in METRICS):
             raise ValueError("a metric is not finite")
-    if not (
-        isinstance(content["data"]["name"], str)
-        and len(content["confusion"]) == len(content["data"]["classes"])
-    ):
-        raise ValueError("data and confusion matrix do not agree")
+    if not (content["data"]["name"] and len(content["confusion"]) == len(content["data"]["classes"])):
+        raise ValueError("the confusion matrix is not that of the classes")
     return Result(path, script, settings, int(config["seed"]), content)
 
 
@@ -246,46 +237,23 @@ def arrange(results):
         used = False
         tables = () if result.settings["classes"] else TABLES  # an expert is in none
         for number, table in enumerate(tables):
-            cells = [
-                ((row, column), in_row | in_column)
-                for (row, in_row), (column, (in_column, *_)) in itertools.product(
-                    table.rows.items(), table.columns.items()
-                )
-            ]
-            compared = {*STUDIED, *(key for _, settings in cells for key in settings)} - {"part"}
-            group = tuple(
-                sorted((k, v) for k, v in result.settings.items() if k not in compared and v != RECIPE.get(k))
-            )
-            for place, settings in cells:
-                wanted = {key: settings.get(key, RECIPE[key]) for key in compared}
-                if table.script == result.script and all(result.settings[k] == v for k, v in wanted.items()):
+            places = list(itertools.product(table.rows, table.columns))
+            cells = [table.rows[row] | table.columns[column][0] for row, column in places]
+            compared = {*STUDIED, *itertools.chain(*cells)} - {"part"}
+            differs = {k: v for k, v in result.settings.items() if k not in compared and v != RECIPE.get(k)}
+            group = tuple(sorted(differs.items()))
+            for place, settings in zip(places, cells, strict=True):
+                fits = all(result.settings[key] == settings.get(key, RECIPE[key]) for key in compared)
+                if table.script == result.script and fits:
                     blocks.setdefault((number, group), {}).setdefault(place, {})[result.seed] = result
                     used = True
         if not used:
             unused.append(result)
-    for number, group in [key for key in blocks if TABLES[key[0]].name == "initial"]:
-        others = [
-            theirs
-            for other, theirs in blocks
-            if other == number and without_epochs(theirs) == without_epochs(group)
-        ]
-        found = blocks[number, group]
-        if (
-            epochs_of(group) in (30, *(3 * epochs_of(other) for other in others))
-            and ("custom", "accuracy") in found
-        ):
-            blocks["overfitting", group] = found  # the figure's long run; alone it makes no table
-            if {row for row, _ in found} == {"custom"}:
-                del blocks[number, group]
+    for number, group in list(blocks):  # the long run of the overfitting figure makes no table
+        alone = TABLES[number].name == "initial" and {row for row, _ in blocks[number, group]} == {"custom"}
+        if alone and dict(group).get("epochs") == 30:
+            del blocks[number, group]
     return blocks, unused
-
-
-def epochs_of(group):
-    return dict(group).get("epochs", RECIPE["epochs"])
-
-
-def without_epochs(group):
-    return tuple(pair for pair in group if pair[0] != "epochs")
 
 
 # Cells
@@ -446,10 +414,10 @@ def number(mean, std):
 
 
 def by_group(blocks):
-    """{group: {number of a table: its cells}}, the group of the slides first."""
+    """{group: {number of a table: its cells}}, the group of the slides first; without what is only a figure."""
     groups = {}
-    for number, group in sorted(blocks, key=lambda key: (len(key[1]), str(key[1]), str(key[0]).zfill(2))):
-        if number != "overfitting":
+    for number, group in sorted(blocks, key=lambda key: (len(key[1]), str(key[1]), key[0])):
+        if TABLES[number].title:
             groups.setdefault(group, {})[number] = blocks[number, group]
     return groups
 
@@ -581,16 +549,14 @@ def draw_figures(blocks, folder):
         from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("figures need matplotlib: pip install matplotlib") from None
-    style = {"axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "grid.alpha": 0.3, "font.size": 11,
+    style = {"axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 11,
              "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "figure"}  # fmt: skip
     drawn = set()
-    for number, group in sorted(blocks, key=lambda key: (len(key[1]), str(key))):
-        table = TABLES[0] if number == "overfitting" else TABLES[number]
-        found = blocks[number, group]
-        name = "overfitting" if number == "overfitting" else table.name
-        if name not in FIGURES or (name == "initial" and ("custom", "accuracy") not in found):
+    for number, group in sorted(blocks, key=lambda key: (len(key[1]), str(key[1]))):
+        table, found = TABLES[number], blocks[number, group]
+        name, draw, size = FIGURES.get(table.name, (None, None, None))
+        if draw is None or (draw is draw_confusion and ("custom", "accuracy") not in found):
             continue
-        name, draw, size = FIGURES[name]
         if draw is draw_fractions:
             found = {"fewshot": found, **of_the_same_data(blocks, "regular", group)}
         if name in drawn:
@@ -608,7 +574,7 @@ def draw_figures(blocks, folder):
 
 def of_the_same_data(blocks, name, group):
     """{name: cells} of the first group of a table that has the same data set; {} if there is none."""
-    for (number, theirs), found in sorted(blocks.items(), key=lambda item: (len(item[0][1]), str(item[0]))):
+    for (number, theirs), found in sorted(blocks.items(), key=lambda item: len(item[0][1])):
         if (
             number != "overfitting"
             and TABLES[number].name == name

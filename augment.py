@@ -75,7 +75,7 @@ def _affine(images, x_row, y_row):
         pixels = F.grid_sample(
             images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
         )
-        return _bytes(pixels)
+        return pixels.to(torch.int16)
 
     return _in_blocks(sample, images, theta)
 
@@ -89,7 +89,7 @@ def crop(images, top, left, height, width):
         grid = torch.empty(len(images), 2, *images.shape[2:], device=images.device)
         grid[:, 0], grid[:, 1] = across[:, None], down[:, :, None]
         pixels = F.grid_sample(images.float(), grid.permute(0, 2, 3, 1), mode="bilinear", align_corners=False)
-        return _bytes(pixels.add_(0.5))  # bytes are cut off
+        return pixels.add_(0.5).to(torch.int16)
 
     return _in_blocks(sample, images, across, down)
 
@@ -310,8 +310,8 @@ def _bytes(pixels):
 
 
 def _in_blocks(function, images, *parameters):
-    """function(images, *parameters) as uint8 in the layout of images, computed on some of them at a time:
-    floats take four times the memory, and a CPU's cache is small."""
+    """function(images, *parameters), uint8 or whole int16 in 0..255, as uint8 in the layout of images, computed on
+    some of them at a time: floats take four times the memory, and a CPU's cache is small."""
     out = torch.empty_like(images)
     size = BLOCK.get(images.device.type, GPU_BLOCK)
     for start in range(0, len(images), size):

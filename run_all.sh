@@ -94,7 +94,7 @@ while [ $# -gt 0 ]; do
   shift
 done
 if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions
-  study=$(sed '/fraction 0.00/d; s/--epochs 30/--epochs 3/' <<<"$study")
+  study=$(grep -v 'fraction 0.00' <<<"$study")
   data=synthetic out=smoke/results figures=smoke/figures seeds=1 jobs=${jobs:-2} scratch=yes
   extra=(--epochs 1 --fraction 0.02 --episodes 5 --shot 1 --query 1 "${extra[@]}")
 fi

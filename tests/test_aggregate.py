@@ -82,7 +82,7 @@ def test_run_all_fills_every_cell_and_runs_nothing_twice(study):
     commands = run_all("--list").stdout.splitlines()
     assert len(set(commands)) == len(commands) == 77
     blocks, unused = arranged(study)
-    assert {key[1] for key in blocks} == {(), (("epochs", 30),)}
+    assert {group for _, group in blocks} == {()} and set(aggregate.by_group(blocks)) == {()}
     assert {str(result.settings["classes"]) for result in unused} == {"vehicles", "cat,deer,dog,horse"}
     for number, table in enumerate(aggregate.TABLES):
         rows = aggregate.tabulated(number, (), blocks[number, ()], True)
@@ -186,6 +186,8 @@ def test_a_file_that_is_no_result_is_named_and_left_out(tmp_path, run):
         "nan": json.dumps({**content, "test": {**content["test"], "loss": float("nan")}}),
         "bare": json.dumps({"version": 1}),
         "odd": json.dumps({**content, "config": {**content["config"], "arch": ["custom"], "data": 3}}),
+        "new": json.dumps({**content, "config": {**content["config"], "stems": [1, 2]}}),
+        "valid": json.dumps({**content, "history": [{"train": content["test"]}] * 10}),
         "copy": good.read_text(),
     }
     for name, text in broken.items():
