@@ -37,8 +37,8 @@ def flip(images, flipped):
 def rotate(images, degrees):
     """Rotate counter-clockwise about the centre by degrees (N,); nearest pixel, black outside."""
     turn = -torch.deg2rad(degrees.double())
-    zero = torch.zeros_like(turn)
-    return _affine(images, (turn.cos(), turn.sin(), zero), (-turn.sin(), turn.cos(), zero))
+    cos, sin, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
+    return _affine(images, (cos, sin, zero), (-sin, cos, zero))
 
 
 def shear(images, x, y):
@@ -489,7 +489,8 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
 
 
 def draw(image, rows, columns, path, generator, mean):
-    """Save a sheet with a row for each name in rows: the image, and `columns` draws. image: uint8 (3, H, W)."""
+    """Save a sheet with a row for each name in rows, the image and `columns` draws, there and as SVG beside it.
+    image: uint8 (3, H, W)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * (columns + 1), 1.45 * len(rows)), layout="constrained")
@@ -508,6 +509,7 @@ def draw(image, rows, columns, path, generator, mean):
                 ax.set_title("original" if column == 0 else f"draw {column}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     print(path)
 
 
@@ -522,7 +524,7 @@ def main():
         "--out", type=Path, default=Path("figures/augmentation.png"), help="(default: %(default)s)"
     )
     parser.add_argument("--index", type=int, default=0, help="which image of the train split (default: 0)")
-    parser.add_argument("--seed", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=8, help="(default: %(default)s, where every draw shows)")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
