@@ -33,7 +33,14 @@ RECIPE = {
     "animals": "cat,dog,deer,horse", "train_adapters": False,
 }  # fmt: skip
 STUDIED = ("arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay")  # what tables compare
-NO_SETTING = ("seed", "out", "root", "force", "device")  # in a configuration, and no part of what was run
+NO_SETTING = (
+    "seed",
+    "out",
+    "root",
+    "force",
+    "device",
+    "graph",
+)  # in a configuration, and no part of what was run
 SCRIPTS = {"way": "fewshot.py", "animals": "moe.py"}  # a setting that only this script has; else train.py
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 BATCHES = {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32, 0.05: 64, 0.1: 64}

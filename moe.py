@@ -41,7 +41,7 @@ def trained(args, seed, classes=None):
     command = [*EXPERT, "--seed", str(seed), *(["--classes", classes] if classes else [])]
     for name in ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "out"):
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    settings, run = train.parse_arguments(command)
+    settings, run = train.parse_arguments([*command, *([] if args.graph else ["--no-graph"])])
     train.run_seeds(settings, run, train.train)
     weights = torch.load(Path(args.out) / run / f"seed{seed}.pt", weights_only=True, map_location="cpu")
     model = models.build("custom", num_classes=len(weights["classifier.4.bias"]), dropout=settings.dropout)

@@ -11,6 +11,7 @@ A run whose result is there is skipped; one that was stopped goes on from its la
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -42,7 +43,8 @@ OPTIMIZERS = {
 }
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions, at half the speed of float32
-EVALUATION_BATCH = 256  # does not touch the numbers; larger ones leave a CPU's cache
+EVALUATION_BATCH = {"cpu": 256, "cuda": 2048}  # what a CPU's cache holds; enough to keep a GPU busy
+CAPTURABLE = ("adam", "adamw", "adamax", "nadam", "rmsprop", "sgd")  # adagrad counts its steps on the host
 
 # How a setting shows in a run's name when it differs from the recipe, in this order
 TAGS = {
@@ -110,6 +112,10 @@ class Totals:
         self.loss = torch.zeros((), dtype=exact, device=device)
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
+    def reset(self):
+        self.loss.zero_()
+        self.confusion.zero_()
+
     def count(self, logits, labels, loss):
         """Add a batch. logits: float (B, C); labels: int64 (B,); loss: its mean, 0-dimensional."""
         self.loss += loss.detach() * len(labels)
@@ -123,7 +129,7 @@ class Totals:
 # The loop
 
 
-def train_step(model, optimizer, scaler, autocast, inputs, labels, totals):
+def train_step(model, optimizer, scaler, autocast, totals, inputs, labels):
     """Forward, loss, backward, step, count."""
     with autocast:
         logits = model(inputs)
@@ -135,11 +141,58 @@ def train_step(model, optimizer, scaler, autocast, inputs, labels, totals):
     totals.count(logits, labels, loss)
 
 
-def train_epoch(model, optimizer, scaler, autocast, batches, totals, progress):
+class CapturedStep:
+    """step(inputs, labels) as a CUDA graph: recorded once, then replayed by one launch in place of hundreds.
+
+    Batches of another size than the first run `step` itself, and so do the first ones: PyTorch asks for a warm-up, on
+    a stream of its own. Whatever `step` changes has to stay where it is in memory.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step):
+        self.step, self.graph, self.calls = step, None, 0
+
+    def __call__(self, inputs, labels):
+        if self.calls == 0:
+            self.inputs, self.labels = inputs.clone(), labels.clone()
+        if inputs.shape != self.inputs.shape:
+            return self.step(inputs, labels)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self.run_aside(inputs, labels)
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # records, and runs nothing
+                self.step(self.inputs, self.labels)
+        self.inputs.copy_(inputs)
+        self.labels.copy_(labels)
+        self.graph.replay()
+
+    def run_aside(self, inputs, labels):
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            self.step(inputs, labels)
+        here.wait_stream(aside)
+
+
+def why_not_captured(args, device, scaler):
+    """Why the step is not a CUDA graph; None if it is one."""
+    if device.type != "cuda":
+        return f"only CUDA has graphs, and this is {device.type}"
+    if not args.graph:
+        return "--no-graph"
+    if scaler.is_enabled():
+        return "fp16's gradient scaler waits for the host"
+    return None if args.optimizer in CAPTURABLE else f"{args.optimizer} waits for the host"
+
+
+def train_epoch(model, step, batches, progress):
     """One pass over `batches`. Nothing on the device is read here, so that the host runs ahead of it."""
     model.train()
     for inputs, labels in batches:
-        train_step(model, optimizer, scaler, autocast, inputs, labels, totals)
+        step(inputs, labels)
         progress(len(inputs))
     progress.clear()
 
@@ -175,18 +228,23 @@ def fit(
     autocast, scaler = mixed_precision(args, device)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
+    totals = Totals(num_classes, device)
+    step = functools.partial(train_step, model, optimizer, scaler, autocast, totals)
+    reason = why_not_captured(args, device, scaler)
+    if not reason:
+        step = CapturedStep(step)
+    elif device.type == "cuda":
+        print(f"steps run one kernel at a time: {reason}")
     for epoch, count in list(enumerate(counts, start=1))[len(history) :]:
         torch.manual_seed(data.seed_from(seed, epoch, "dropout"))  # so that a resumed run draws the same
         started = time.monotonic()
-        totals = Totals(num_classes, device)
-        progress = data.Progress(f"{unit} {epoch}/{len(counts)}", count)
-        train_epoch(model, optimizer, scaler, autocast, train_batches(epoch), totals, progress)
+        totals.reset()
+        train_epoch(model, step, train_batches(epoch), data.Progress(f"{unit} {epoch}/{len(counts)}", count))
         entry = {"epoch": epoch, "train": totals.metrics()}
         rate = count / (time.monotonic() - started)
         check_finite(entry["train"]["loss"], f"{unit} {epoch}")
         if valid_batches:
-            totals = evaluate(model, autocast, valid_batches(), Totals(num_classes, device))
-            entry["valid"] = totals.metrics()
+            entry["valid"] = evaluate(model, autocast, valid_batches(), Totals(num_classes, device)).metrics()
         history.append({**entry, "seconds": time.monotonic() - started, "images_per_second": rate})
         if epoch < len(counts):
             checkpoint.save(stateful, history)
@@ -201,6 +259,7 @@ def train(args, seed, dataset, device, checkpoint):
     model = model.to(device, memory_format=torch.channels_last)
     print(f"{args.arch}: {describe_model(model, args, device)}")
     streams = augment.parse(args.aug, dataset.mean)
+    evaluation_batch = EVALUATION_BATCH.get(device.type, EVALUATION_BATCH["cuda"])
 
     def batches(split, size, *shuffle):
         return data.batches(split, size, dataset.mean, dataset.std, device, *shuffle)
@@ -209,11 +268,11 @@ def train(args, seed, dataset, device, checkpoint):
         *(model, args, seed, len(dataset.classes), device, checkpoint),
         counts=[len(dataset.train.labels) * len(streams)] * args.epochs,
         train_batches=lambda epoch: batches(dataset.train, args.batch_size, streams, seed, epoch),
-        valid_batches=lambda: batches(dataset.valid, EVALUATION_BATCH),
+        valid_batches=lambda: batches(dataset.valid, evaluation_batch),
     )
     autocast, _ = mixed_precision(args, device)
     totals = Totals(len(dataset.classes), device)
-    evaluate(model, autocast, batches(dataset.test, EVALUATION_BATCH), totals)
+    evaluate(model, autocast, batches(dataset.test, evaluation_batch), totals)
     tested = {"test": totals.metrics(), "confusion": totals.confusion.tolist()}
     return model.state_dict(), {"history": history, **tested}
 
@@ -249,6 +308,8 @@ def make_optimizer(parameters, args, device):
         options["momentum"] = args.momentum
     if device.type in ("cpu", "cuda") and args.optimizer in ("adam", "adamw", "sgd"):
         options["fused"] = True
+    if device.type == "cuda" and args.optimizer in CAPTURABLE and args.optimizer != "sgd":  # sgd always is
+        options["capturable"] = True
     return OPTIMIZERS[args.optimizer](parameters, **options)
 
 
@@ -519,6 +580,8 @@ def add_run_arguments(parser):
     group.add_argument("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
                        help="number format: auto is the fastest: bf16 on a GPU or CPU that has it, else fp16 with a "
                        "gradient scaler on a GPU and float32 on a CPU")  # fmt: skip
+    group.add_argument("--no-graph", dest="graph", action="store_false",
+                       help="on CUDA, launch every kernel of a step by itself")  # fmt: skip
     group.add_argument("--out", default="results", help="folder for results (default: %(default)s)")
     group.add_argument("--force", action="store_true", help="run again even if the result is there")
 

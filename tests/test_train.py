@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import signal
@@ -26,7 +27,8 @@ def results(folder):
             del entry["seconds"], entry["images_per_second"]
         for name in ("seconds", "peak_memory_bytes"):
             del result[name]
-        del result["config"]["out"], result["config"]["force"], result["config"]["root"]
+        for name in ("out", "force", "root", "graph"):
+            del result["config"][name]
         found[str(path.relative_to(folder))] = result
     return found
 
@@ -113,7 +115,8 @@ def test_train_step_equals_the_textbook_step():
                 (b.contiguous(memory_format=torch.channels_last), t)
                 for b, t in zip(images, labels, strict=True)
             ]
-            train.train_epoch(model, optimizer, scaler, autocast, batches, totals, data.Progress("", 24))
+            step = functools.partial(train.train_step, model, optimizer, scaler, autocast, totals)
+            train.train_epoch(model, step, batches, data.Progress("", 24))
             assert totals.confusion.sum() == 24
         parts.append(model.eval()(torch.ones(1, 3, 32, 32)))
     assert torch.allclose(*parts, atol=2e-3)
@@ -136,6 +139,49 @@ def test_same_command_twice_gives_the_same_bits(arch, run, tmp_path):
         )
         assert process.returncode == 0, process.stderr
     assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    "settings",
+    [("--arch", "custom", "--dropout", 0.2), ("--arch", "resnet18"), ("--arch", "densenet121"),
+     ("--arch", "efficientnet_b0"), ("--optimizer", "sgd", "--momentum", 0.9), ("--optimizer", "adamax"),
+     ("--optimizer", "adagrad"), ("--amp", "off"), ("--amp", "fp16")],
+)  # fmt: skip
+def test_captured_and_plain_steps_give_the_same_bits(settings, run, tmp_path):
+    command = (
+        "train.py",
+        *TINY,
+        "--aug",
+        "flip",
+        "--batch-size",
+        8,
+        *settings,
+    )  # 40 images and a short last batch
+    for extra in ((), ("--no-graph",)):
+        process = run(*command, *extra, "--out", tmp_path / ("plain" if extra else "captured"))
+        assert process.returncode == 0, process.stderr
+        waits = extra or settings[1] in ("adagrad", "fp16")
+        assert bool(waits) == ("one kernel at a time" in process.stdout)
+    assert_same_bits(tmp_path / "captured", tmp_path / "plain")
+
+
+@needs_cuda
+def test_replays_draw_fresh_dropout_and_seeds_count():
+    device, seen = torch.device("cuda"), torch.zeros(1000, device="cuda")
+    step = train.CapturedStep(lambda inputs, labels: seen.copy_(torch.nn.functional.dropout(inputs)))
+    inputs, drawn = torch.ones(1000, device=device), []
+    for epoch in (1, 2, 1):
+        torch.manual_seed(epoch)
+        for _ in range(6):
+            step(inputs, inputs)
+            drawn.append(seen.tolist())
+    assert step.graph is not None
+    assert drawn[4] != drawn[5] and drawn[6:12] != drawn[12:18]
+    assert drawn[12:18] == drawn[:6]  # warm-up included
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
@@ -216,7 +262,7 @@ def test_result_file_skip_and_force(run, tmp_path):
     assert result["config"]["seed"] == 2 and result["config"]["lr"] == 0.001
     assert result["data"]["classes"] == ["cat", "dog"]
     assert [result["data"][split] for split in data.SPLITS] == [40, 100, 200]
-    assert set(result["environment"]) == {"python", "torch", "torchvision", "device", "commit"}
+    assert set(result["environment"]) == {"python", "torch", "torchvision", "device", "commit", "dtype"}
     assert set(result["history"][0]) == {"epoch", "train", "valid", "seconds", "images_per_second"}
     for metrics in (result["test"], result["history"][1]["train"], result["history"][1]["valid"]):
         assert set(metrics) == set(train.METRICS)
