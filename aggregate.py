@@ -193,7 +193,7 @@ def read(folder):
     for path in sorted(Path(folder).rglob("seed*.json")):
         try:
             result = understand(path, json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             print(f"left out: {path}: {reason}", file=sys.stderr)
             continue
@@ -207,7 +207,7 @@ def read(folder):
 
 
 def understand(path, content):
-    """A Result, or ValueError, KeyError, TypeError or AttributeError for a file that is none of ours, or half a run."""
+    """A Result; raises what Python raises for a file that is none of ours, and ValueError for half a run."""
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
     config = content["config"]
@@ -225,8 +225,11 @@ def understand(path, content):
     for part in (*history, *(content[name] for name in PARTS[script][1])):
         if not all(math.isfinite(part[metric]) for metric in METRICS):
             raise ValueError("a metric is not finite")
-    if not (content["data"]["name"] and len(content["confusion"]) == len(content["data"]["classes"])):
-        raise ValueError("the confusion matrix is not that of the classes")
+    classes, experts = len(content["data"]["classes"]), 3
+    shapes = {"confusion": (classes, classes), **({"gate": (classes, experts)} if script == "moe.py" else {})}
+    for name, shape in shapes.items():
+        if np.array(content[name], dtype=float).shape != shape:
+            raise ValueError(f"{name} is not of {classes} classes")
     return Result(path, script, settings, int(config["seed"]), content)
 
 
@@ -312,11 +315,15 @@ def shown(table, row, group, found):
     return row in table.published and "fraction" not in table.rows[row] and not other & found
 
 
-def command(name, group, rows):
-    """The command line that fills the empty cells of a table."""
+def command(name, group, found, rows, folder):
+    """The command line that fills the empty cells of a table. found, rows: its cells; folder: of the results."""
     words = ["bash", "run_all.sh", "--only", name]
     words += ["--data", dict(group)["data"]] if "data" in dict(group) else []
-    words += ["--from-scratch"] if any("from scratch" in row for row in rows) else []
+    words += ["--out", str(folder)] if str(folder) != "results" else []
+    seeds = sorted({seed for seeds in found.values() for seed in seeds})
+    words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
+    scratch = any("from scratch" in row for row in rows) and not {"resnet18", "efficientnet_b0"} & set(rows)
+    words += ["--from-scratch"] if scratch else []
     words += ["--"] if any(key != "data" for key, _ in group) else []
     for key, value in group:
         if key != "data":
@@ -370,7 +377,7 @@ STYLES = {
 }  # fmt: skip
 
 
-def print_tables(blocks, style, with_published):
+def print_tables(blocks, style, with_published, folder):
     """Every table of every group, the group of the slides first."""
 
     def say(kind, line):
@@ -397,7 +404,7 @@ def print_tables(blocks, style, with_published):
                 mark = style["tied"].format("").strip()
                 say("note", f"{mark}: no different from the best of its column (Welch's t-test, p > 0.05)")
             if None in cells:
-                say("note", f"Missing: `{command(table.name, group, rows)}`")
+                say("note", f"Missing: `{command(table.name, group, found, rows, folder)}`")
 
 
 def lines_of(row, cells, style, counted):
@@ -464,6 +471,7 @@ def curve(axes, results, part, metric, label):
         )
     axes.set(xlabel="epoch", ylabel=f"{'validation' if part == 'valid' else part} {metric}")
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(0.5, max(axes.get_xlim()[1], len(epochs) + 0.5))
 
 
 def draw_overfitting(figure, table, found):
@@ -487,7 +495,7 @@ def draw_confusion(figure, table, found):
         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="predicted", ylabel="true class (rows: % of it)")
+    axes.set(xlabel="predicted by the custom network", ylabel="true class (each row sums to 100 %)")
     axes.spines[:].set_visible(False)
     axes.grid(False)
 
@@ -565,29 +573,28 @@ def draw_figures(blocks, folder):
         if draw is None or (draw is draw_confusion and ("custom", "accuracy") not in found):
             continue
         if draw is draw_fractions:
-            found = {"fewshot": found, **of_the_same_data(blocks, "regular", group)}
+            found = {"fewshot": found, **regular_beside(blocks, group)}
         if name in drawn:
             name += re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{value}" for key, value in group))
         drawn.add(name)
         with rc_context(style):
             figure = Figure(figsize=size, layout="constrained")
             draw(figure, table, found)
-            figure.suptitle(describe(group, {0: blocks[number, group]}), fontsize=10, color="0.4")
+            words = describe(group, {0: blocks[number, group]}) + (
+                ", 30 epochs" if name == "overfitting" else ""
+            )
+            figure.suptitle(words, fontsize=10, color="0.4")
             folder.mkdir(parents=True, exist_ok=True)
             figure.savefig(folder / f"{name}.png", dpi=130)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         print(folder / f"{name}.png", file=sys.stderr)
 
 
-def of_the_same_data(blocks, name, group):
-    """{name: cells} of the first group of a table that has the same data set; {} if there is none."""
+def regular_beside(blocks, group):
+    """{"regular": the cells of regular training} on the data set of a few-shot group; {} if there are none."""
     for (number, theirs), found in sorted(blocks.items(), key=lambda item: len(item[0][1])):
-        if (
-            number != "overfitting"
-            and TABLES[number].name == name
-            and dict(theirs).get("data") == dict(group).get("data")
-        ):
-            return {name: found}
+        if TABLES[number].name == "regular" and dict(theirs).get("data") == dict(group).get("data"):
+            return {"regular": found}
     return {}
 
 
@@ -611,17 +618,22 @@ def main():
         raise SystemExit(f"no results in {args.results}: python train.py, or bash run_all.sh, makes some")
     blocks, unused = arrange(results)
     if args.format in STYLES:
-        print_tables(blocks, STYLES[args.format], not args.no_published)
-    elif args.format == "json":
-        print(json.dumps(flat(blocks, not args.no_published), indent=1))
+        print_tables(blocks, STYLES[args.format], not args.no_published, args.results)
     else:
-        writer = csv.DictWriter(sys.stdout, flat(blocks, False)[0])
-        writer.writeheader()
-        writer.writerows(flat(blocks, not args.no_published))
+        cells = flat(blocks, not args.no_published)
+        if args.format == "json":
+            print(json.dumps(cells, indent=1))
+        elif cells:
+            writer = csv.DictWriter(sys.stdout, cells[0])
+            writer.writeheader()
+            writer.writerows(cells)
     for folder in sorted({r.path.parent for r in unused if not r.settings["classes"]}):
         print(f"in no table: {folder}", file=sys.stderr)
     if args.figures:
-        draw_figures(blocks, args.figures)
+        try:
+            draw_figures(blocks, args.figures)
+        except OSError as error:
+            raise SystemExit(f"--figures {args.figures}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ GPU_BLOCK = 8192
 
 def flip(images, flipped):
     """Mirror left-right the images where flipped, bool (N,), is true."""
+    _check(images)
     return _change(images, images.flip(-1).bitwise_xor_(images), flipped.view(-1, 1, 1, 1))
 
 
@@ -106,6 +107,7 @@ def _stretch(start, length, size):
 def erase(images, top, left, height, width, fill):
     """Fill one rectangle an image. top..width: (N,) in pixels; height = 0 leaves an image as it is; fill:
     uint8 (3,)."""
+    _check(images)
     rows = torch.arange(images.shape[2], device=images.device)
     cols = torch.arange(images.shape[3], device=images.device)
     inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (N, H)
@@ -309,9 +311,15 @@ def _bytes(pixels):
     return pixels.to(torch.int16).to(torch.uint8)
 
 
+def _check(images):
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise TypeError(f"images must be uint8 (N, 3, H, W), these are {images.dtype} {tuple(images.shape)}")
+
+
 def _in_blocks(function, images, *parameters):
     """function(images, *parameters), uint8 or whole int16 in 0..255, as uint8 in the layout of images, computed on
     some of them at a time: floats take four times the memory, and a CPU's cache is small."""
+    _check(images)
     out = torch.empty_like(images)
     size = BLOCK.get(images.device.type, GPU_BLOCK)
     for start in range(0, len(images), size):
@@ -524,7 +532,7 @@ def main():
         "--out", type=Path, default=Path("figures/augmentation.png"), help="(default: %(default)s)"
     )
     parser.add_argument("--index", type=int, default=0, help="which image of the train split (default: 0)")
-    parser.add_argument("--seed", type=int, default=8, help="(default: %(default)s, where every draw shows)")
+    parser.add_argument("--seed", type=int, default=8, help="(default: %(default)s)")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401

@@ -10,6 +10,8 @@ end every image of the fraction is embedded, each class is split into sub-protot
 split goes to the nearest.
 """
 
+import math
+
 import torch
 from tabulate import tabulate
 from torch.nn import functional as F
@@ -45,17 +47,29 @@ def draw_episodes(labels, count, way, shot, query, generator):
     return classes, rows[classes].gather(2, lots.topk(shot + query, dim=2).indices)
 
 
-def check_sizes(labels, way, shot, query, fraction, names):
+def check_sizes(labels, args, names, fraction=1.0):
     """Raise ValueError if a class cannot fill an episode; it says which fraction would do."""
     sizes = torch.bincount(labels, minlength=len(names))
     smallest = int(sizes.argmin())
-    if sizes[smallest] < shot + query:
-        enough = fraction * (shot + query) / max(1, int(sizes[smallest]))
-        remedy = f"--fraction {enough:.2g} would do, or " if enough < 1 else ""
-        raise ValueError(
-            f"class {names[smallest]} has {sizes[smallest]} images, and an episode takes {shot} + {query}: {remedy}"
-            "lower --shot or --query"
-        )
+    size = int(sizes[smallest])
+    if size >= args.shot + args.query:
+        return
+    enough = fraction
+    for _ in range(len(QUERIES)):  # a larger fraction may ask for more query images
+        query = queries(enough) if args.query == queries(args.fraction) else args.query
+        enough = fraction * (args.shot + query) / max(1, size)
+        step = 10 ** (math.floor(math.log10(enough)) - 1)
+        enough = math.ceil(enough / step - 1e-9) * step  # two digits, upwards
+    remedy = f"--fraction {enough:.2g} would do, or " if enough <= 1 else ""
+    raise ValueError(
+        f"class {names[smallest]} has {size} images, and an episode takes {args.shot} + {args.query}: {remedy}"
+        "lower --shot or --query"
+    )
+
+
+def queries(fraction):
+    """How many query images a class the slides have at a fraction."""
+    return next((q for p, q in reversed(QUERIES.items()) if p <= fraction), QUERIES[0.001])
 
 
 class Prototypes(torch.nn.Module):
@@ -150,8 +164,8 @@ def classify(embeddings, labels, points, owners, num_classes):
 
 def train_embedding(args, seed, dataset, device, checkpoint):
     """Train on episodes, then test. Returns weights and the run's part of a result file."""
-    check_sizes(dataset.train.labels.cpu(), args.way, args.shot, args.query, args.fraction, dataset.classes)
-    check_sizes(dataset.valid.labels.cpu(), args.way, args.shot, args.query, 1.0, dataset.classes)
+    check_sizes(dataset.train.labels.cpu(), args, dataset.classes, args.fraction)
+    check_sizes(dataset.valid.labels.cpu(), args, dataset.classes)
     torch.manual_seed(seed)
     model = models.FewShotEmbedding().to(device, memory_format=torch.channels_last)
     print(f"embedding: {train.describe_model(model, args, device)}")
@@ -238,9 +252,8 @@ def parse_arguments(argv=None):
     parser.set_defaults(fraction=0.01)
     args = parser.parse_args(argv)
     train.check_optimizer(args)
-    query = next((q for p, q in reversed(QUERIES.items()) if p <= args.fraction), QUERIES[0.001])
-    args.query = args.query or query
-    recipe = {"fraction": args.fraction, "query": query}
+    args.query = args.query or queries(args.fraction)
+    recipe = {"fraction": args.fraction, "query": queries(args.fraction)}
     name = train.run_name(
         args, ("fewshot", f"p{args.fraction!r}"), lambda key: recipe.get(key, parser.get_default(key))
     )

@@ -5,12 +5,13 @@
 #   bash run_all.sh --smoke                everything, tiny, on images that the program draws: minutes
 #   bash run_all.sh --only initial,moe --data path/to/folder --seeds "1 2 3" --jobs 2
 #   bash run_all.sh --list                 print the commands, one a line, and run nothing
-#   bash run_all.sh -- --epochs 2 --fraction 0.1      with settings of your own for every training
+#   bash run_all.sh -- --epochs 2 --fraction 0.1      with settings of your own, where a run has none
 #
 #   --only A,B       these tables: a name in the first column below
 #   --arch A,B       these architectures, of custom, densenet121, resnet18, efficientnet_b0
 #   --from-scratch   no ImageNet weights for resnet18 and efficientnet_b0
 #   --data, --root   as for train.py (default: cinic10, data)
+#   --seeds "1 2 3"  of every run
 #   --out FOLDER     results, and a log of each run in FOLDER/logs (default: results)
 #   --figures FOLDER (default: figures)
 #   --jobs N         runs at a time, spread over the GPUs (default: one a GPU)
@@ -73,8 +74,8 @@ fail() {
 
 here=$(dirname "${BASH_SOURCE[0]}")/
 [ "$here" = ./ ] && here=
-only='' archs=custom,densenet121,resnet18,efficientnet_b0 scratch='' data=cinic10 root=data out=results figures=figures
-seeds='1 2 3' jobs='' list='' smoke='' extra=()
+all=custom,densenet121,resnet18,efficientnet_b0
+only='' archs=$all scratch='' data='' root=data out='' figures='' seeds='' jobs='' list='' smoke='' extra=()
 while [ $# -gt 0 ]; do
   case $1 in
     --only | --arch | --data | --root | --out | --figures | --seeds | --jobs)
@@ -95,27 +96,38 @@ while [ $# -gt 0 ]; do
 done
 if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions
   study=$(grep -v 'fraction 0.00' <<<"$study")
-  data=synthetic out=smoke/results figures=smoke/figures seeds=1 jobs=${jobs:-2} scratch=yes
+  data=${data:-synthetic} out=${out:-smoke/results} figures=${figures:-smoke/figures} seeds=${seeds:-1} jobs=${jobs:-2}
+  scratch=yes
   extra=(--epochs 1 --fraction 0.02 --episodes 5 --shot 1 --query 1 "${extra[@]}")
 fi
+data=${data:-cinic10} out=${out:-results} figures=${figures:-figures} seeds=${seeds:-1 2 3}
+
+check() { # option, its names, what there is
+  local name names=",$2,"
+  [[ "$names" != *,,* ]] || fail "$1 $2: a name is missing"
+  for name in ${2//,/ }; do [[ " $3 " == *" $name "* ]] || fail "$1 $name: choose from $3"; done
+}
 tables=$(sed -n 's/^\([a-z,-]\+\) .*/\1/p' <<<"${study#*settings}" | tr , '\n' | sort -u | paste -sd' ')
-IFS=, read -ra wanted <<<"$only"
-for table in "${wanted[@]}"; do
-  [[ " $tables " == *" $table "* ]] || fail "--only $table: choose from $tables"
-done
-for arch in ${archs//,/ }; do
-  [[ " custom densenet121 resnet18 efficientnet_b0 " == *" $arch "* ]] || fail "--arch $arch: no such architecture"
-done
+[ -z "$only" ] || check --only "$only" "$tables"
+check --arch "$archs" "${all//,/ }"
 [[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": numbers between spaces"
 [[ "${jobs:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: a number from 1 on"
 
 # Commands
 
 extra_for() { # the settings after --, without those that the script does not have
-  local skip=" --way --shot --query --episodes " i
-  [ "$1" = fewshot ] && skip=" --epochs --batch-size --dropout "
+  local skip i
+  case $1 in
+    train) skip=' --way --shot --query --episodes --animals --train-adapters ' ;;
+    moe) skip=' --way --shot --query --episodes --dropout ' ;;
+    *) skip=' --epochs --batch-size --dropout --animals --train-adapters ' ;;
+  esac
   for ((i = 0; i < ${#extra[@]}; i++)); do
-    if [[ "$skip" == *" ${extra[i]} "* ]]; then ((i++)) || true; else printf '%q ' "${extra[i]}"; fi
+    if [[ "$skip" != *" ${extra[i]%%=*} "* ]]; then
+      printf '%q ' "${extra[i]}"
+    elif [[ "${extra[i]}" != *=* && "${extra[i]}" != --train-adapters ]]; then
+      ((++i)) # its value
+    fi
   done
 }
 
@@ -139,8 +151,8 @@ while read -r tables what settings; do
   [ "$tables" ] && [ "$tables" != tables ] || continue
   [ -z "$only" ] || [[ "$(printf ',%s,' "${tables//,/,,}")" =~ ,(${only//,/|}), ]] || continue
   case $what in
-    all) networks=custom,densenet121,resnet18,efficientnet_b0 ;;
-    others) networks=densenet121,resnet18,efficientnet_b0 ;;
+    all) networks=$all ;;
+    others) networks=${all#custom,} ;;
     custom) networks=custom ;;
     *) add "$what" "$settings" && continue ;;
   esac
@@ -151,6 +163,7 @@ while read -r tables what settings; do
     add train "--arch $arch$start $settings"
   done
 done <<<"$study"
+[ ${#commands[@]} -gt 0 ] || fail "nothing to run: no line of the study is in --only $only and --arch $archs"
 
 if [ "$list" ]; then
   printf '%s\n' "${commands[@]}"
@@ -236,13 +249,15 @@ while [ ${#pids[@]} -gt 0 ]; do reap; done
 show
 printf '\n\n'
 
-python "${here}aggregate.py" "$out" "${plots[@]}"
-[ ${#plots[@]} -gt 0 ] || echo "no figures: pip install matplotlib, and start again"
+if compgen -G "$out/*/seed*.json" >/dev/null; then
+  python "${here}aggregate.py" "$out" "${plots[@]}" || failed_tables=yes
+  [ ${#plots[@]} -gt 0 ] || echo "no figures: pip install matplotlib, and start again"
+fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\n%d of %d runs failed:\n' ${#failed[@]} ${#commands[@]}
   for index in "${failed[@]}"; do
-    printf '  %s\n    %s: %s\n' "${commands[index]}" "$out/logs/${names[index]}.log" \
-      "$(tail -n 1 "$out/logs/${names[index]}.log")"
+    log=$out/logs/${names[index]}.log
+    printf '  %s\n    %s: %s\n' "${commands[index]}" "$log" "$(tail -n 1 "$log")"
   done
-  exit 1
 fi
+[ ${#failed[@]} -eq 0 ] && [ ! "${failed_tables:-}" ]

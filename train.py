@@ -245,6 +245,7 @@ def fit(
         check_finite(entry["train"]["loss"], f"{unit} {epoch}")
         if valid_batches:
             entry["valid"] = evaluate(model, autocast, valid_batches(), Totals(num_classes, device)).metrics()
+            check_finite(entry["valid"]["loss"], f"the validation of {unit} {epoch}")
         history.append({**entry, "seconds": time.monotonic() - started, "images_per_second": rate})
         if epoch < len(counts):
             checkpoint.save(stateful, history)
@@ -505,6 +506,7 @@ def run_seeds(args, name, train_one):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         weights, outcome = train_one(args, seed, dataset, device, checkpoint)
+        check_finite(outcome["test"]["loss"], "the test")
         results[seed] = {
             "version": 1,
             "config": {**vars(args), "seed": seed},

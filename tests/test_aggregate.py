@@ -133,8 +133,12 @@ def test_a_missing_cell_is_a_dash_with_the_command_that_fills_it(tmp_path, run):
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["0.4995 ± 0.0007", "-", "-", "-"]
     assert "Seeds: 2" in text and "slides' numbers do not compare" in text
     command = next(line for line in text.splitlines() if line.startswith("Missing"))[len("Missing: `") : -1]
-    assert command == "bash run_all.sh --only augmentation --data sets/mine -- --epochs 2"
-    listed = run_all(*shlex.split(command)[2:6], "--list", *shlex.split(command)[6:]).stdout
+    assert (
+        command
+        == f"bash run_all.sh --only augmentation --data sets/mine --out {tmp_path} --seeds '1 2' -- --epochs 2"
+    )
+    words = shlex.split(command)
+    listed = run_all("--list", *words[2:]).stdout
     for line in listed.splitlines():
         fake(tmp_path, line)
     assert "Missing" not in run("aggregate.py", tmp_path).stdout
@@ -188,6 +192,8 @@ def test_a_file_that_is_no_result_is_named_and_left_out(tmp_path, run):
         "odd": json.dumps({**content, "config": {**content["config"], "arch": ["custom"], "data": 3}}),
         "new": json.dumps({**content, "config": {**content["config"], "stems": [1, 2]}}),
         "valid": json.dumps({**content, "history": [{"train": content["test"]}] * 10}),
+        "matrix": json.dumps({**content, "confusion": "no"}),
+        "deep": "[" * 100_000,
         "copy": good.read_text(),
     }
     for name, text in broken.items():
@@ -255,6 +261,7 @@ def test_figures_without_matplotlib_say_how_to_get_it(study, run, one_line, tmp_
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [(["--only", "nothing"], "weight-decay"), (["--jobs", "0"], "--jobs"), (["--arch", "vgg"], "--arch"),
+     (["--only", "initial,"], "a name is missing"), (["--only", "optimizer", "--arch", "resnet18"], "nothing to run"),
      (["--seeds", "one"], "--seeds"), (["--epochs", "3"], "after --"), (["--only"], "needs a value")],
 )  # fmt: skip
 def test_wrong_arguments_of_run_all_are_one_line(arguments, word):
@@ -273,6 +280,24 @@ def test_list_takes_part_of_the_study_and_settings_for_all():
     # a run's own settings win
     (line,) = run_all("--list", "--only", "overfitting", "--", "--epochs", "2").stdout.splitlines()
     assert train.parse_arguments(shlex.split(line)[2:])[0].epochs == 30
+
+
+def test_a_setting_goes_to_the_scripts_that_have_it():
+    lines = run_all(
+        "--list", "--only", "moe,fewshot", "--", "--train-adapters", "--epochs=2", "--way", "3"
+    ).stdout
+    for line in lines.splitlines():
+        assert ("--train-adapters" in line) == ("moe.py" in line)
+        assert ("--epochs=2" in line) == ("--way" not in line) == ("fewshot.py" not in line)
+
+
+def test_failed_runs_are_named_even_if_none_succeeded(tmp_path):
+    process = run_all("--only", "fewshot", "--data", "synthetic", "--", "--shot", "500", cwd=tmp_path)
+    assert (
+        process.returncode == 1
+        and "7 of 7 runs failed" in process.stdout
+        and "lower --shot" in process.stdout
+    )
 
 
 def test_a_failed_run_does_not_stop_the_rest(image_folder, tmp_path):

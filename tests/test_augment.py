@@ -433,3 +433,9 @@ def test_pictures_without_matplotlib_or_image_are_one_line(run, one_line):
     process = run(*command, code="import sys; sys.modules['matplotlib'] = None")
     assert process.returncode == 1 and "pip install matplotlib" in process.stderr
     one_line(run(*command, "--index", 2000), 2, "--index 2000", "0 to 1999")
+
+
+@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
+def test_floats_are_refused(name):
+    with pytest.raises(TypeError, match="must be uint8"):
+        augment.AUGMENTATIONS[name](torch.rand(4, 3, 32, 32), torch.Generator().manual_seed(1))
