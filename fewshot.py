@@ -10,8 +10,6 @@ end every image of the fraction is embedded, each class is split into sub-protot
 split goes to the nearest.
 """
 
-import math
-
 import torch
 from tabulate import tabulate
 from torch.nn import functional as F
@@ -47,24 +45,27 @@ def draw_episodes(labels, count, way, shot, query, generator):
     return classes, rows[classes].gather(2, lots.topk(shot + query, dim=2).indices)
 
 
-def check_sizes(labels, args, names, fraction=1.0):
+def check_sizes(labels, args, names):
     """Raise ValueError if a class cannot fill an episode; it says which fraction would do."""
     sizes = torch.bincount(labels, minlength=len(names))
     smallest = int(sizes.argmin())
-    size = int(sizes[smallest])
-    if size >= args.shot + args.query:
-        return
-    enough = fraction
-    for _ in range(len(QUERIES)):  # a larger fraction may ask for more query images
-        query = queries(enough) if args.query == queries(args.fraction) else args.query
-        enough = fraction * (args.shot + query) / max(1, size)
-        step = 10 ** (math.floor(math.log10(enough)) - 1)
-        enough = math.ceil(enough / step - 1e-9) * step  # two digits, upwards
-    remedy = f"--fraction {enough:.2g} would do, or " if enough <= 1 else ""
-    raise ValueError(
-        f"class {names[smallest]} has {size} images, and an episode takes {args.shot} + {args.query}: {remedy}"
-        "lower --shot or --query"
-    )
+    if sizes[smallest] < args.shot + args.query:
+        fraction = enough(args)
+        remedy = f"--fraction {fraction} would do, or " if fraction else ""
+        raise ValueError(
+            f"class {names[smallest]} has {sizes[smallest]} images, and an episode takes {args.shot} + {args.query}: "
+            f"{remedy}lower --shot or --query"
+        )
+
+
+def enough(args):
+    """The smallest fraction, in steps of 0.001, with images for an episode; None if even the whole split has not."""
+    sizes = torch.bincount(data.load(args.data, args.root, 1.0, args.classes).train.labels)
+    for fraction in (step / 1000 for step in range(1, 1001)):
+        query = queries(fraction) if args.query == queries(args.fraction) else args.query
+        if min(fraction * sizes.sum() / len(sizes), sizes.min()) >= args.shot + query:
+            return fraction
+    return None
 
 
 def queries(fraction):
@@ -164,7 +165,7 @@ def classify(embeddings, labels, points, owners, num_classes):
 
 def train_embedding(args, seed, dataset, device, checkpoint):
     """Train on episodes, then test. Returns weights and the run's part of a result file."""
-    check_sizes(dataset.train.labels.cpu(), args, dataset.classes, args.fraction)
+    check_sizes(dataset.train.labels.cpu(), args, dataset.classes)
     check_sizes(dataset.valid.labels.cpu(), args, dataset.classes)
     torch.manual_seed(seed)
     model = models.FewShotEmbedding().to(device, memory_format=torch.channels_last)
