@@ -313,7 +313,7 @@ def test_a_failed_run_does_not_stop_the_rest(image_folder, tmp_path):
 
 
 def test_smoke_killed_half_way_and_started_again_ends_with_the_same_tables(tmp_path):
-    command = ("--smoke", "--only", "overfitting,hybrid,regular", "--arch", "custom")
+    command = ("--smoke", "--only", "regular,hybrid", "--arch", "custom")
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
     whole = run_all(*command, cwd=tmp_path / "whole")
@@ -328,7 +328,7 @@ def test_smoke_killed_half_way_and_started_again_ends_with_the_same_tables(tmp_p
     process.wait()
     done = len(list((tmp_path / "killed").rglob("seed1.json")))
     again = run_all(*command, cwd=tmp_path / "killed")
-    assert again.returncode == 0 and done < len(list((tmp_path / "killed").rglob("seed1.json"))) == 6
+    assert again.returncode == 0 and done < len(list((tmp_path / "killed").rglob("seed1.json"))) == 5
     tables = [text[text.index("## synthetic") :] for text in (whole.stdout, again.stdout)]
     assert tables[0] == tables[1]
 

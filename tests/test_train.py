@@ -201,7 +201,7 @@ def test_every_optimizer_learns(optimizer):
 
 STOPPED = {
     "train.py": [*TINY[:-1], 6, "--aug", "flip", "--dropout", 0.2],
-    "fewshot.py": ["--data", "synthetic", "--fraction", 0.1, "--episodes", 650, "--way", 2, "--shot", 1, "--query", 1],
+    "fewshot.py": ["--data", "synthetic", "--fraction", 0.1, "--episodes", 350, "--way", 2, "--shot", 1, "--query", 1],
     "moe.py": ["--data", "images", "--epochs", 2],
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_killed_and_started_again_a_run_ends_with_the_same_bits(script, run, ima
     started = [sys.executable, str(HOUSE / script), *map(str, command[1:])]
     started += ["--root", str(tmp_path / "data"), "--out", str(tmp_path / "killed")]
     kills = 0
-    for attempt in (0, 7) if script == "moe.py" else (0, 1, 2):  # in an expert, and in the gate or near it
+    for attempt in (0, 7) if script == "moe.py" else (0, 1):  # in an expert, and in the gate or near it
         process = subprocess.Popen(started, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
         lines = 0
         for line in process.stdout:
