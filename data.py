@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import mmap
 import multiprocessing
 import os
 import re
@@ -21,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ import torch
 from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
 SIZE = 32  # pixels a side
-CHUNK = 4096  # images gathered, augmented and normalised at a time: 50 MB as floats
+CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
+BLOCK = 4096  # images of an epoch whose random numbers are drawn together; CHUNK is a multiple of it
 SPLITS = ("train", "valid", "test")
 NAMES = ("cinic10", "cifar10", "synthetic")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -111,37 +113,72 @@ def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoc
 
     streams: lists of functions (uint8 images, generator) -> uint8 images; every image goes once through
     each stream, so that an epoch has len(streams) * N images. seed: shuffle, by seed and epoch alone; None
-    keeps the order. Augmentation and normalisation run on CHUNK images at a time; their random numbers are
-    drawn on the CPU, so that they too are the same on any device. The last batch may be short.
+    keeps the order. The last batch may be short.
     """
-    count = len(split.labels)
-    total = count * len(streams)
-    order, bounds, generator = plan(total, batch_size, seed, epoch)
+    order, bounds = plan(len(split.labels) * len(streams), batch_size, seed, epoch)
+    chunks = _chunks(split, order, mean, std, device, streams, seed, epoch)
+    images = labels = torch.empty(
+        0
+    )  # made and not handed out yet; the first of them is at `first` in the epoch
+    first = 0
+    for start, end in itertools.pairwise(bounds):
+        while first + len(labels) < end:
+            more, rest = next(chunks), start - first < len(labels)
+            images, labels = (
+                torch.cat([old[start - first :], new]) if rest else new
+                for old, new in zip((images, labels), more, strict=True)
+            )
+            first = start
+        yield images[start - first : end - first], labels[start - first : end - first]
+
+
+def _chunks(split, order, mean, std, device, streams, seed, epoch):
+    """Yield CHUNK images at a time, augmented and normalised, in `order`. Random numbers are drawn on the CPU, for
+    BLOCK images at a time, by seed, epoch and place: so that batch size, CHUNK and device change none of them."""
     scale, shift = scale_and_shift(mean, std, device)
-    step = max(1, CHUNK // batch_size)
-    for first in range(0, len(bounds) - 1, step):
-        part = bounds[first : first + step + 1]
-        positions = order[part[0] : part[-1]]
-        rows = (positions % count).to(split.images.device)
-        images, labels = split.images[rows].to(device), split.labels[rows].to(device)
-        for number, stream in enumerate(streams):
-            if stream:
-                images = _augment(images, positions // count == number, stream, generator)
-        images = images.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift)
-        for start, end in itertools.pairwise(part):
-            yield images[start - part[0] : end - part[0]], labels[start - part[0] : end - part[0]]
+    count, blocks = len(split.labels), itertools.count()
+    places = order.split(CHUNK)  # below, place // count is the number of an image's stream
+    gathered = _gathered(split, (some % count for some in places), device)
+    for some, (images, labels) in zip(places, gathered, strict=True):
+        if any(streams):
+            pairs = zip(images.split(BLOCK), (some // count).split(BLOCK), strict=True)
+            parts = [_augment(*pair, streams, seed_from(seed, epoch, next(blocks))) for pair in pairs]
+            images = parts[0] if len(parts) == 1 else torch.cat(parts)
+        images = images.contiguous(memory_format=torch.channels_last)
+        yield images.float().mul_(scale).add_(shift), labels
+
+
+def _gathered(split, chunks, device):
+    """Yield (images, labels) of each chunk of rows, on the device. Where the split is not there itself, the next chunk
+    is read while this one is in use: from disk, if the split is larger than memory."""
+
+    def gather(rows):
+        part = Split(split.images[rows], split.labels[rows])
+        return Split(*(tensor.pin_memory() for tensor in part)) if device.type == "cuda" else part
+
+    if split.images.device.type != "cpu":
+        for rows in chunks:
+            rows = rows.to(split.images.device)
+            yield split.images[rows], split.labels[rows]
+        return
+    with ThreadPoolExecutor(1) as reader:
+        ahead = None
+        for rows in itertools.chain(chunks, [None]):
+            ready, ahead = ahead, rows is not None and reader.submit(gather, rows)
+            if ready:
+                images, labels = ready.result()
+                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def plan(total, batch_size, seed=None, epoch=0):
-    """An epoch's order, int64 (total,), the bounds of its batches, and the generator that shuffled it, for more
-    of the epoch's randomness; all by seed and epoch alone. seed None keeps the order."""
+    """An epoch's order, int64 (total,), by seed and epoch alone (seed None keeps it), and the bounds of its batches."""
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     order = torch.arange(total) if seed is None else torch.randperm(total, generator=generator)
     bounds = [*range(0, total, batch_size), total]
     if seed is not None and len(bounds) > 2 and total - bounds[-2] == 1:
         # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
         del bounds[-2]
-    return order, bounds, generator
+    return order, bounds
 
 
 def scale_and_shift(mean, std, device):
@@ -151,13 +188,17 @@ def scale_and_shift(mean, std, device):
     return scale, shift
 
 
-def _augment(images, selected, stream, generator):
-    """Pass the selected images, bool (N,) on the CPU, through a stream."""
-    rows = None if selected.all() else selected.nonzero()[:, 0].to(images.device)
-    part = images if rows is None else images[rows]
-    for augmentation in stream:
-        part = augmentation(part, generator)
-    return part if rows is None else images.index_copy_(0, rows, part)
+def _augment(images, numbers, streams, seed):
+    """Pass each image through its stream. numbers: int64 (N,) on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    for number, stream in enumerate(streams):
+        selected = numbers == number
+        rows = None if selected.all() else selected.nonzero()[:, 0].to(images.device)
+        part = images if rows is None else images[rows]
+        for augmentation in stream:
+            part = augmentation(part, generator)
+        images = part if rows is None else images.index_copy_(0, rows, part)
+    return images
 
 
 def seed_from(*parts):
@@ -300,12 +341,21 @@ def make_arrays(folder, classes, splits):
 def _open_cache(folder, name):
     meta = json.loads((folder / "meta.json").read_text())
 
-    def split(part):  # mode c: nothing is read before it is used, and nothing can be written back
-        images = np.load(folder / f"{part}-images.npy", mmap_mode="c")
-        return Split(torch.from_numpy(images), torch.from_numpy(np.load(folder / f"{part}-labels.npy")))
+    def split(part):
+        return Split(
+            mapped(folder / f"{part}-images.npy"), torch.from_numpy(np.load(folder / f"{part}-labels.npy"))
+        )
 
     splits = {part: split(part) for part in SPLITS}
     return Dataset(name, tuple(meta["classes"]), **splits, mean=meta["mean"], std=meta["std"], cache=folder)
+
+
+def mapped(path):
+    """The array of an .npy file as a tensor of which nothing is read before it is used."""
+    array = np.load(path, mmap_mode="c")  # c: nothing can be written back
+    if hasattr(os, "sysconf") and array.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+        array.base.madvise(mmap.MADV_RANDOM)  # no reading ahead: what is not asked for would push out what is
+    return torch.from_numpy(array)
 
 
 @contextlib.contextmanager

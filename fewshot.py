@@ -24,7 +24,7 @@ QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 BLOCK = 100  # episodes drawn and augmented at a time, a line of the history, and a checkpoint
 VALIDATION_EPISODES = 600
 SUB_PROTOTYPES = 3
-BATCH = 250  # images embedded at a time outside of episodes
+BATCH = 256  # images embedded at a time outside of episodes
 
 
 # Episodes

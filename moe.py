@@ -63,7 +63,7 @@ def features(networks, adapters, split, dataset, device, autocast):
 
 def feature_batches(inputs, labels, batch_size, seed=None, epoch=0):
     """(features, labels) in the order of `data.batches`."""
-    order, bounds, _ = data.plan(len(labels), batch_size, seed, epoch)
+    order, bounds = data.plan(len(labels), batch_size, seed, epoch)
     order = order.to(inputs.device)
     for start, end in itertools.pairwise(bounds):
         rows = order[start:end]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision import datasets, transforms
 
+import augment
 import data
 
 
@@ -176,6 +177,27 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monke
     assert list(itertools.chain(*labels())) == list(range(210))
     monkeypatch.setattr(data, "CHUNK", 40)
     assert order == labels(seed=1, epoch=1)
+
+
+@pytest.mark.parametrize("name", ["hybrid", "flip+rotation+crop+jitter+autoaugment+cutout"])
+def test_augmentation_hangs_on_seed_and_epoch_alone(name, monkeypatch, tmp_path):
+    """Not on the batch size, the size of a chunk, or where the images lie."""
+    dataset = data.load("synthetic", fraction=0.25)
+    np.save(tmp_path / "images.npy", dataset.train.images)
+    in_file = data.Split(data.mapped(tmp_path / "images.npy"), dataset.train.labels)
+    streams = augment.parse(name, dataset.mean)
+    monkeypatch.setattr(data, "BLOCK", 100)
+
+    def epoch(split=dataset.train, size=64, chunk=400, seed=1, epoch=1):
+        monkeypatch.setattr(data, "CHUNK", chunk)
+        options = (dataset.mean, dataset.std, torch.device("cpu"), streams, seed, epoch)
+        return torch.cat([images for images, _ in data.batches(split, size, *options)])
+
+    whole = epoch()
+    for other in ({"size": 7}, {"size": 450}, {"chunk": 100}, {"chunk": 300}, {"split": in_file}):
+        assert torch.equal(whole, epoch(**other)), other
+    for other in ({"seed": 2}, {"epoch": 2}):
+        assert not torch.equal(whole, epoch(**other)), other
 
 
 def test_batches_are_normalised_channels_last_and_match_their_labels():
