@@ -10,6 +10,7 @@ own. Cells are mean ± standard deviation (n - 1) over the seeds found.
 
 import argparse
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ NO_SETTING = (
     "force",
     "device",
     "graph",
+    "checkpoint_every",
 )  # in a configuration, and no part of what was run
 SCRIPTS = {"way": "fewshot.py", "animals": "moe.py"}  # a setting that only this script has; else train.py
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
@@ -230,6 +232,9 @@ def understand(path, content):
     for name, shape in shapes.items():
         if np.array(content[name], dtype=float).shape != shape:
             raise ValueError(f"{name} is not of {classes} classes")
+    rest = json.dumps({key: value for key, value in content.items() if key != "checksum"})
+    if content["checksum"] != hashlib.sha256(rest.encode()).hexdigest():
+        raise ValueError("it is damaged, or was edited: its checksum is of other content")
     return Result(path, script, settings, int(config["seed"]), content)
 
 
@@ -288,7 +293,10 @@ def tabulated(number, group, found, with_published):
         slides = table.published.get(row) if with_published and not group else None
         for place, (column, (_, part, metric)) in enumerate(table.columns.items()):
             results = found.get((row, column), {})
-            values = [r.content[settings.get("part", part)][metric] for _, r in sorted(results.items())]
+            part = settings.get("part", part)
+            values = [r.content[part][metric] for _, r in sorted(results.items())]
+            if part == "ensemble":
+                values = values[:1]  # of the same three networks, whatever the gate's seed
             if values:
                 std = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 there = slides and place < len(slides)

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tarfile
@@ -28,6 +29,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
 SIZE = 32  # pixels a side
@@ -42,7 +48,7 @@ GROUPS = {
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
-CACHE_VERSION = 1  # part of every cache's name: raise it when decoding changes
+CACHE_VERSION = 2  # part of every cache's name: raise it when decoding changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its links before: tried in turn.
 CINIC10_SIZE, CINIC10_MD5 = 687_544_992, "6ee4d0c996905fe93221de577967a372"
@@ -305,14 +311,27 @@ def _load_cached(root, key, name, source, make):
     digest = hashlib.sha256(f"{CACHE_VERSION} {source}".encode()).hexdigest()[:16]
     folder = root / "cache" / f"{key}-{digest}"
     if not (folder / "meta.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_folder(folder.parent) as temporary:
-            make_arrays(temporary, *make())
-            _put_in_place(temporary, folder)
-        for old in folder.parent.glob(f"{key}-{'?' * 16}"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-    return _open_cache(folder, name)
+        with alone(root / "cache" / f".{folder.name}.lock"):
+            _make_cache(folder, key, make)
+    try:
+        return _open_cache(folder, name)
+    except Damaged as damage:
+        print(f"{damage}: the images are decoded again")
+        with alone(root / "cache" / f".{folder.name}.lock"):
+            shutil.rmtree(folder)
+            _make_cache(folder, key, make)
+        return _open_cache(folder, name)
+
+
+def _make_cache(folder, key, make):
+    if (folder / "meta.json").is_file():
+        return  # another process has made it while this one waited
+    with _temporary_folder(folder.parent) as temporary:
+        make_arrays(temporary, *make())
+        _put_in_place(temporary, folder)
+    for old in folder.parent.glob(f"{key}-{'?' * 16}"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def make_arrays(folder, classes, splits):
@@ -334,17 +353,35 @@ def make_arrays(folder, classes, splits):
         np.save(folder / f"{split}-labels.npy", np.concatenate(labels).astype(np.int64))
         if split == "train":
             mean, std = _mean_and_std(histogram)
-    meta = {"classes": list(classes), "mean": mean, "std": std}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.npy"))}
+    meta = json.dumps({"classes": list(classes), "mean": mean, "std": std, "checksums": checksums})
+    (folder / "meta.json").write_text(f"{hashlib.sha256(meta.encode()).hexdigest()}\n{meta}")
+
+
+class Damaged(RuntimeError):
+    """A file of the cache is not what was written."""
 
 
 def _open_cache(folder, name):
-    meta = json.loads((folder / "meta.json").read_text())
+    """Raises Damaged for a file that is missing, cut short or changed; of a set larger than memory, which would take
+    minutes to read, only the size is looked at."""
+    digest, _, text = (folder / "meta.json").read_bytes().partition(b"\n")
+    if hashlib.sha256(text).hexdigest().encode() != digest:
+        raise Damaged(f"{folder / 'meta.json'} is damaged")
+    meta = json.loads(text)
+
+    def array(file):
+        try:
+            values = mapped(folder / file)
+            whole = meta["checksums"][file] == _checksum(folder / file)
+        except (OSError, ValueError, EOFError):  # numpy's for a file that is missing or too short
+            whole = False
+        if not whole:
+            raise Damaged(f"{folder / file} is damaged")
+        return values
 
     def split(part):
-        return Split(
-            mapped(folder / f"{part}-images.npy"), torch.from_numpy(np.load(folder / f"{part}-labels.npy"))
-        )
+        return Split(array(f"{part}-images.npy"), array(f"{part}-labels.npy"))
 
     splits = {part: split(part) for part in SPLITS}
     return Dataset(name, tuple(meta["classes"]), **splits, mean=meta["mean"], std=meta["std"], cache=folder)
@@ -353,9 +390,52 @@ def _open_cache(folder, name):
 def mapped(path):
     """The array of an .npy file as a tensor of which nothing is read before it is used."""
     array = np.load(path, mmap_mode="c")  # c: nothing can be written back
-    if hasattr(os, "sysconf") and array.nbytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2:
+    if _larger_than_memory(array.nbytes):
         array.base.madvise(mmap.MADV_RANDOM)  # no reading ahead: what is not asked for would push out what is
     return torch.from_numpy(array)
+
+
+def _larger_than_memory(size):
+    """Or half of it: no use to read the whole."""
+    return hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
+
+
+def _checksum(path):
+    """Of a file: the SHA-256 of the sums of its pages, which changes with any byte and costs a tenth of its own."""
+    if _larger_than_memory(path.stat().st_size):
+        return "too large"
+    words = np.memmap(path, np.uint8, "r")
+    whole = len(words) // 4096 * 4096
+    sums = words[:whole].view(np.uint64).reshape(-1, 512).sum(1)
+    return hashlib.sha256(sums.tobytes() + words[whole:].tobytes()).hexdigest()
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Inside, no other process is: it waits here until this one has left, or died. path: a file to lock.
+
+    Over a shared folder too, if its file system has locks; where there are none, nobody waits, which wastes work and
+    harms nothing, since every file is put in place whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while fcntl:
+        lock = open(path, "a")  # noqa: SIM115 (held open to the end)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that holds {path}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # the one before removed it in the meantime
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if fcntl:
+            lock.close()
 
 
 @contextlib.contextmanager
@@ -437,7 +517,7 @@ def _list_files(folder):
         return sorted(
             (entry.name, stat.st_size, stat.st_mtime_ns)
             for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "."
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "." and entry.is_file()
             for stat in (entry.stat(),)
         )
 
@@ -482,11 +562,21 @@ def _decode(entries, block=500):
     method = (
         "fork" if "fork" in multiprocessing.get_all_start_methods() else None
     )  # no second import of torch
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(method)) as pool:
+    try:
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _leave_signals_to_the_parent)
+    except OSError:  # no /dev/shm, no semaphores
+        yield from map(_decode_block, blocks)
+        return
+    with pool:
         try:
             yield from pool.map(_decode_block, blocks)
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _leave_signals_to_the_parent():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _decode_block(entries):
@@ -521,9 +611,14 @@ def _load_cinic10(root):
     if tree is None:
         caches = sorted((root / "cache").glob("cinic10-*/meta.json"))
         if caches:  # the images have been decoded, and were then cleared away
-            return _open_cache(caches[0].parent, "cinic10")
+            try:
+                return _open_cache(caches[0].parent, "cinic10")
+            except Damaged as damage:
+                print(f"{damage}: CINIC-10 is fetched again")
         tree = trees[0]
-        _unpack(_download_cinic10(root), tree)
+        with alone(root / ".cinic10.lock"):
+            if not tree.is_dir():  # else another process has fetched it while this one waited
+                _unpack(_download_cinic10(root), tree)
     return _load_folder(tree, root, "cinic10", "cinic10")
 
 
@@ -720,18 +815,55 @@ def _fraction(text):
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
 
 
+class Stopped(BaseException):
+    """SIGINT or SIGTERM has come."""
+
+
+class Signals:
+    """SIGINT and SIGTERM raise Stopped; inside `with Signals.held()`, not before its end."""
+
+    depth, come = 0, None
+
+    @classmethod
+    def handle(cls, number, _):
+        cls.come = number
+        if not cls.depth:
+            raise Stopped(number)
+
+    @classmethod
+    @contextlib.contextmanager
+    def held(cls):
+        cls.depth += 1
+        try:
+            yield
+        finally:
+            cls.depth -= 1
+        if cls.come and not cls.depth:
+            raise Stopped(cls.come)
+
+
 def command_line(main):
     """Run a script's main; what goes wrong becomes one line on standard error: exit status 2 for a wrong
-    argument (ValueError), 1 for anything else that a user can mend. TRACEBACK=1 shows where it came from."""
+    argument (ValueError), 1 for anything else that a user can mend, 130 and 143 for SIGINT and SIGTERM.
+    TRACEBACK=1 shows where it came from."""
+    name = Path(sys.argv[0]).name
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Signals.handle)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
+    sys.stderr.reconfigure(errors="backslashreplace")
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except Stopped as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        text = f"stopped by {signal.Signals(stop.args[0]).name}: the same command goes on from the last whole epoch"
+        print(f"{name}: {text}", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        print(f"{name}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 

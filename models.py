@@ -8,6 +8,8 @@ Needs torch and torchvision only: copy this file into your own project.
 """
 
 import contextlib
+import os
+import pickle
 import sys
 
 import torch
@@ -74,10 +76,17 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
     from torchvision import models as torchvision_models
 
     weights = "IMAGENET1K_V1" if pretrained else None
+    os.environ.setdefault(
+        "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"
+    )  # torch.hub would run code out of a file of weights
     try:
         with contextlib.redirect_stderr(sys.stdout):  # what torch.hub says of a download is no error
             model = torchvision_models.get_model(arch, weights=weights, progress=sys.stdout.isatty())
-    except (OSError, RuntimeError) as error:  # no network; a file whose hash is not the one in its name
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:  # no network; a file of another hash or kind
         print(flush=True)  # torch.hub leaves its line open
         raise RuntimeError(
             f"the ImageNet weights of {arch} cannot be fetched ({error}): connect to the network, put the file "

@@ -8,6 +8,8 @@ The experts are the custom network on hybrid augmentation with dropout 0.2, the 
 on all classes (the base), one on vehicles, one on animals. They are taken from --out if `train.py` left them there.
 """
 
+import hashlib
+import io
 import itertools
 from pathlib import Path
 
@@ -39,11 +41,19 @@ def experts(args, seed):
 def trained(args, seed, classes=None):
     """A custom network with the weights of its run of `train.py`, in eval mode, frozen."""
     command = [*EXPERT, "--seed", str(seed), *(["--classes", classes] if classes else [])]
-    for name in ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "out"):
+    same = ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "out", "checkpoint_every")
+    for name in same:
         command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     settings, run = train.parse_arguments([*command, *([] if args.graph else ["--no-graph"])])
-    train.run_seeds(settings, run, train.train)
-    weights = torch.load(Path(args.out) / run / f"seed{seed}.pt", weights_only=True, map_location="cpu")
+    path = Path(args.out) / run / f"seed{seed}.pt"
+    for _ in range(2):
+        result = train.run_seeds(settings, run, train.train)[seed]
+        content = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(content).hexdigest() == result["weights"]:
+            break
+        print(f"{path} is missing or damaged: the run is done again")
+        settings.force = True
+    weights = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     model = models.build("custom", num_classes=len(weights["classifier.4.bias"]), dropout=settings.dropout)
     model.load_state_dict(weights)
     return model.eval().requires_grad_(False)

@@ -215,6 +215,7 @@ reap() { # wait until a run ends
       wait "${pids[slot]}" || status=$?
       ((++finished))
       [ $status -eq 0 ] || failed+=("${running[slot]}")
+      [ $status -le 128 ] || echo "killed by signal $((status - 128))" >>"$out/logs/${names[${running[slot]}]}.log"
       grep -q 'train loss' "$out/logs/${names[${running[slot]}]}.log" && ((++trained))
       unset "pids[slot]" "running[slot]"
     done

@@ -4,6 +4,7 @@
     python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, fetched at the first run
     python train.py --data path/to/folder --arch custom --seed 1 2 3
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
+    torchrun --standalone --nproc_per_node=2 train.py --arch resnet18    # one network on two GPUs
 
 Left alone, a setting is the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, no schedule.
 A run whose result is there is skipped; one that was stopped goes on from its last whole epoch.
@@ -14,9 +15,11 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import pickle
 import platform
 import subprocess
 import tempfile
@@ -26,6 +29,7 @@ from pathlib import Path
 
 import tabulate
 import torch
+from torch import distributed as dist
 from torch.nn import functional as F
 
 import augment
@@ -45,6 +49,9 @@ METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions, at half the speed of float32
 EVALUATION_BATCH = {"cpu": 256, "cuda": 2048}  # what a CPU's cache holds; enough to keep a GPU busy
 CAPTURABLE = ("adam", "adamw", "adamax", "nadam", "rmsprop", "sgd")  # adagrad counts its steps on the host
+
+UNIMPORTANT = ("seed", "out", "root", "force", "checkpoint_every")  # to what a run computes
+LOST = "what was finished is kept, and the same command goes on from there"
 
 # How a setting shows in a run's name when it differs from the recipe, in this order
 TAGS = {
@@ -122,7 +129,10 @@ class Totals:
         self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
 
     def metrics(self):
-        """Waits for the device."""
+        """Of all processes together, once. Waits for the device."""
+        if dist.is_initialized():
+            dist.all_reduce(self.loss)
+            dist.all_reduce(self.confusion)
         return metrics(self.confusion, self.loss.item() / self.confusion.sum().item())
 
 
@@ -179,6 +189,8 @@ class CapturedStep:
 
 def why_not_captured(args, device, scaler):
     """Why the step is not a CUDA graph; None if it is one."""
+    if dist.is_initialized():
+        return "several processes train together"
     if device.type != "cuda":
         return f"only CUDA has graphs, and this is {device.type}"
     if not args.graph:
@@ -228,26 +240,30 @@ def fit(
     autocast, scaler = mixed_precision(args, device)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
-    totals = Totals(num_classes, device)
-    step = functools.partial(train_step, model, optimizer, scaler, autocast, totals)
+    totals, workers = Totals(num_classes, device), Workers()
+    step = functools.partial(train_step, workers.join(model), optimizer, scaler, autocast, totals)
     reason = why_not_captured(args, device, scaler)
     if not reason:
         step = CapturedStep(step)
     elif device.type == "cuda":
         print(f"steps run one kernel at a time: {reason}")
     for epoch, count in list(enumerate(counts, start=1))[len(history) :]:
-        torch.manual_seed(data.seed_from(seed, epoch, "dropout"))  # so that a resumed run draws the same
+        # Drawn anew in each epoch, so that a resumed run draws the same
+        torch.manual_seed(data.seed_from(seed, epoch, "dropout", *workers.name))
         started = time.monotonic()
         totals.reset()
-        train_epoch(model, step, train_batches(epoch), data.Progress(f"{unit} {epoch}/{len(counts)}", count))
+        progress = data.Progress(f"{unit} {epoch}/{len(counts)}", count // workers.number)
+        train_epoch(model, step, workers.share(train_batches(epoch)), progress)
         entry = {"epoch": epoch, "train": totals.metrics()}
         rate = count / (time.monotonic() - started)
         check_finite(entry["train"]["loss"], f"{unit} {epoch}")
         if valid_batches:
-            entry["valid"] = evaluate(model, autocast, valid_batches(), Totals(num_classes, device)).metrics()
+            workers.agree(model)
+            of_valid = workers.share(valid_batches())
+            entry["valid"] = evaluate(model, autocast, of_valid, Totals(num_classes, device)).metrics()
             check_finite(entry["valid"]["loss"], f"the validation of {unit} {epoch}")
         history.append({**entry, "seconds": time.monotonic() - started, "images_per_second": rate})
-        if epoch < len(counts):
+        if epoch < len(counts) and epoch % args.checkpoint_every == 0:
             checkpoint.save(stateful, history)
         print(epoch_line(history[-1], len(counts), unit), flush=True)
     return history
@@ -255,6 +271,10 @@ def fit(
 
 def train(args, seed, dataset, device, checkpoint):
     """One supervised run. Returns the weights tested and the run's part of a result file."""
+    if args.arch != "custom" and min(args.batch_size, len(dataset.train.labels)) == 1:
+        raise ValueError(
+            f"{args.arch} cannot learn from one image at a time (batch norm): raise --batch-size"
+        )
     torch.manual_seed(seed)
     model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained)
     model = model.to(device, memory_format=torch.channels_last)
@@ -273,7 +293,7 @@ def train(args, seed, dataset, device, checkpoint):
     )
     autocast, _ = mixed_precision(args, device)
     totals = Totals(len(dataset.classes), device)
-    evaluate(model, autocast, batches(dataset.test, evaluation_batch), totals)
+    evaluate(model, autocast, Workers().share(batches(dataset.test, evaluation_batch)), totals)
     tested = {"test": totals.metrics(), "confusion": totals.confusion.tolist()}
     return model.state_dict(), {"history": history, **tested}
 
@@ -353,24 +373,116 @@ def mixed_precision(args, device):
     return autocast, torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
+# Several processes: torchrun --standalone --nproc_per_node=2 train.py ...
+
+
+class Workers:
+    """The processes that torchrun started, which train one network: each has a part of every batch. Alone, nothing
+    here does anything."""
+
+    def __init__(self):
+        self.number = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.name = () if self.rank == 0 else (self.rank,)  # a part of seeds: each draws dropout of its own
+        self.part = 1.0  # of the batch that is here
+
+    def join(self, model):
+        """The model, with gradients of the whole batch wherever they are taken; on CUDA with batch norm over all of it
+        (on a CPU, PyTorch's batch norm knows its own process only)."""
+        if self.number == 1:
+            return model
+        if next(model.parameters()).is_cuda:
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        joined = torch.nn.parallel.DistributedDataParallel(model)
+        joined.register_comm_hook(self, Workers.add_up)
+        return joined
+
+    @staticmethod
+    def add_up(workers, bucket):
+        """A mean over all images, from means over parts that need not be of one size."""
+        gradients = dist.all_reduce(bucket.buffer().mul_(workers.part), async_op=True).get_future()
+        return gradients.then(lambda future: future.value()[0])
+
+    def share(self, batches):
+        """This process's part of each batch; a last batch of fewer than two images each joins the one before."""
+        if self.number == 1:
+            yield from batches
+            return
+        batches = itertools.chain(batches, [None])
+        held = next(batches)
+        for batch in batches:
+            if batch and len(batch[1]) < 2 * self.number:
+                held, batch = [torch.cat(pair) for pair in zip(held, batch, strict=True)], None
+            inputs, labels = (tensor.tensor_split(self.number)[self.rank] for tensor in held)
+            self.part = len(labels) / len(held[1])
+            if len(labels):
+                yield inputs, labels
+            if not batch:
+                return
+            held = batch
+
+    def agree(self, model):
+        """Give all the first one's statistics of batch norm."""
+        if self.number > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def first(self, function, *given):
+        """What function(*given) returns in the first process, which alone runs it."""
+        returned = [function(*given) if self.rank == 0 else None]
+        if self.number > 1:
+            dist.broadcast_object_list(returned)
+        return returned[0]
+
+
+@contextlib.contextmanager
+def joined_workers(args):
+    """Inside, what torchrun started works together. Raises RuntimeError if one is lost."""
+    number, rank = (int(os.environ.get(name, low)) for name, low in (("WORLD_SIZE", 1), ("RANK", 0)))
+    if number == 1:
+        yield
+        return
+    if args.batch_size < 2 * number:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {number} processes share it, and each needs two images"
+        )
+    cuda = choose_device(args.device).type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        quiet = contextlib.redirect_stdout(io.StringIO()) if rank else contextlib.nullcontext()
+        with quiet:  # the first one speaks for all
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RuntimeError(f"another process of this run was lost: {LOST}") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
 # Files
 
 
 def write_whole(path, content):
-    """Bytes to a file that is there whole or not at all, whatever happens on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    """Bytes to a file that is there whole or not at all, whatever happens on the way. A signal waits for the end."""
+    temporary = None
     try:
-        with open(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+        with data.Signals.held():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise OSError(f"{path} cannot be written ({error.strerror}): {LOST}") from error
 
 
 def torch_bytes(value):
@@ -390,19 +502,25 @@ class Checkpoint:
 
     def save(self, stateful, history):
         """stateful: {name: object with state_dict()}; history: a list that JSON can hold."""
+        if Workers().rank:
+            return
         states = {name: thing.state_dict() for name, thing in stateful.items()}
         content = torch_bytes({"settings": self.settings, "history": history, "states": states})
         write_whole(self.path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
 
     def restore(self, stateful):
         """Load the saved states into `stateful` and return the saved history; [] if there is none to use."""
-        if not self.path.exists():
+        content = Workers().first(lambda: self.path.read_bytes() if self.path.exists() else b"")
+        if not content:
             return []
-        digest, _, content = self.path.read_bytes().partition(b"\n")
-        if hashlib.sha256(content).hexdigest().encode() != digest:
-            print(f"{self.path} is damaged: the run begins again")
+        digest, _, content = content.partition(b"\n")
+        try:
+            if hashlib.sha256(content).hexdigest().encode() != digest:
+                raise pickle.UnpicklingError
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:  # also what torch says of a pickle that would run code
+            print(f"{self.path} is damaged, or no checkpoint: the run begins again")
             return []
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if saved["settings"] != self.settings:
             print(f"{self.path} is of other settings: the run begins again")
             return []
@@ -415,17 +533,28 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
+def result_bytes(result):
+    """A result file: JSON, of which the last entry is the checksum of the rest."""
+    return json.dumps({**result, "checksum": checksum(result)}, indent=1).encode()
+
+
+def checksum(result):
+    """SHA-256 of a result without its checksum, in hexadecimal."""
+    rest = {key: value for key, value in result.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest).encode()).hexdigest()
+
+
 def read_result(path):
     """A finished run's result, or None; a file that is none is named and counts as not there."""
     if not path.exists():
         return None
     try:
-        result = json.loads(path.read_text())
-        if result["version"] == 1 and result["test"]:
+        result = json.loads(path.read_bytes())
+        if result["version"] == 1 and result["test"] and result["checksum"] == checksum(result):
             return result
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
-    print(f"{path} is no result file: the run is done again")
+    print(f"{path} is no result file, or damaged: the run is done again")
     return None
 
 
@@ -480,53 +609,75 @@ def run_seeds(args, name, train_one):
 
     train_one(args, seed, dataset, device, checkpoint) returns weights and a part of a result.
     """
-    device = choose_device(args.device)
-    dtype = precision(args, device) or torch.float32  # complains now, not after loading
+    device, workers = choose_device(args.device), Workers()
+    precision(args, device)  # complains now, not after loading
     make_repeatable()
-    folder = Path(args.out) / name
     dataset, results = None, {}
     for seed in args.seed:
-        path = folder / f"seed{seed}.json"
-        settings = {
-            key: getattr(args, key) for key in vars(args) if key not in ("seed", "out", "root", "force")
-        }
-        checkpoint = Checkpoint(path.with_suffix(".ckpt"), {**settings, "seed": seed})
-        if args.force:
-            checkpoint.remove()
-        elif result := read_result(path):
+        path = Path(args.out) / name / f"seed{seed}.json"
+        result = None if args.force else workers.first(read_result, path)
+        if result:
             print(f"{name} seed {seed}: skipped, its result is there ({path}); --force does it again")
-            results[seed] = result
-            continue
-        if dataset is None:
-            dataset = data.load(args.data, args.root, args.fraction, args.classes)
-            print(data.describe(dataset))
-            on_device = {part: data.to_device(getattr(dataset, part), device) for part in data.SPLITS}
-            dataset = dataset._replace(**on_device)
-        print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        weights, outcome = train_one(args, seed, dataset, device, checkpoint)
-        check_finite(outcome["test"]["loss"], "the test")
-        results[seed] = {
-            "version": 1,
-            "config": {**vars(args), "seed": seed},
-            "data": {
-                "name": dataset.name,
-                "classes": dataset.classes,
-                **{part: len(getattr(dataset, part).labels) for part in data.SPLITS},
-                "mean": dataset.mean,
-                "std": dataset.std,
-            },
-            "environment": {**environment(device), "dtype": str(dtype).removeprefix("torch.")},
-            **outcome,
-            "seconds": sum(entry["seconds"] for entry in outcome["history"]),
-            "peak_memory_bytes": peak_memory_bytes(device),
-        }
-        write_whole(path.with_suffix(".pt"), torch_bytes(weights))
-        write_whole(path, json.dumps(results[seed], indent=1).encode())
-        checkpoint.remove()
+        else:
+            dataset = dataset or load_data(args, device)
+            with data.alone(path.with_suffix(".lock")) if workers.rank == 0 else contextlib.nullcontext():
+                # it may have been made by another process while this one waited
+                result = None if args.force else workers.first(read_result, path)
+                result = result or run_seed(args, seed, path, dataset, device, train_one)
+        results[seed] = result
     print(f"\n{name}, test split\n{result_table(results)}")
     return results
+
+
+def load_data(args, device):
+    dataset = data.load(args.data, args.root, args.fraction, args.classes)
+    print(data.describe(dataset))
+    return dataset._replace(**{part: data.to_device(getattr(dataset, part), device) for part in data.SPLITS})
+
+
+def run_seed(args, seed, path, dataset, device, train_one):
+    """One seed of a run, from its checkpoint if there is one: writes and returns the result."""
+    settings = {key: value for key, value in vars(args).items() if key not in UNIMPORTANT}
+    checkpoint, first = Checkpoint(path.with_suffix(".ckpt"), {**settings, "seed": seed}), Workers().rank == 0
+    if args.force and first:
+        checkpoint.remove()
+    print(f"\n{path.parent.name} seed {seed} on {device} -> {path}", flush=True)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        weights, outcome = train_one(args, seed, dataset, device, checkpoint)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(
+            error
+        ):  # CUDA's and the CPU's own have no type
+            raise
+        sizes = ("batch_size", "way", "shot", "query")
+        sizes = [f"--{s.replace('_', '-')} {vars(args)[s]}" for s in sizes if s in vars(args)]
+        raise RuntimeError(f"out of memory on {device} with {' '.join(sizes)}: lower it; {LOST}") from error
+    check_finite(outcome["test"]["loss"], "the test")
+    dtype = precision(args, device) or torch.float32
+    result = {
+        "version": 1,
+        "config": {**vars(args), "seed": seed},
+        "data": {
+            "name": dataset.name,
+            "classes": dataset.classes,
+            **{part: len(getattr(dataset, part).labels) for part in data.SPLITS},
+            "mean": dataset.mean,
+            "std": dataset.std,
+        },
+        "environment": {**environment(device), "dtype": str(dtype).removeprefix("torch.")},
+        **outcome,
+        "seconds": sum(entry["seconds"] for entry in outcome["history"]),
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    if first:
+        content = torch_bytes(weights)
+        result["weights"] = hashlib.sha256(content).hexdigest()
+        write_whole(path.with_suffix(".pt"), content)
+        write_whole(path, result_bytes(result))
+        checkpoint.remove()
+    return result
 
 
 def result_table(results):
@@ -585,6 +736,8 @@ def add_run_arguments(parser):
     group.add_argument("--no-graph", dest="graph", action="store_false",
                        help="on CUDA, launch every kernel of a step by itself")  # fmt: skip
     group.add_argument("--out", default="results", help="folder for results (default: %(default)s)")
+    group.add_argument("--checkpoint-every", type=number(int, 0), default=1, metavar="N",
+                       help="epochs between checkpoints (default: %(default)s)")  # fmt: skip
     group.add_argument("--force", action="store_true", help="run again even if the result is there")
 
 
@@ -649,7 +802,9 @@ def parse_arguments(argv=None):
 
 
 def main():
-    run_seeds(*parse_arguments(), train)
+    args, name = parse_arguments()
+    with joined_workers(args):
+        run_seeds(args, name, train)
 
 
 if __name__ == "__main__":

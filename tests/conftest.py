@@ -1,37 +1,86 @@
 """What the tests share: scripts run as a user runs them, and small folders of real image files."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+# With pytest-xdist the workers share the cores; before torch is imported, which reads it
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 HOUSE = Path(__file__).resolve().parent.parent
 
 
+# Reads a command a line, and runs it in a fork: a process of its own that need not import torch again
+SERVER = """
+import json, os, runpy, signal, sys, traceback
+import torch._dynamo, torchvision
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(240)
+        os.chdir(request["cwd"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        for number, name in enumerate(("input", "output", "errors")):
+            os.dup2(os.open(os.path.join(request["shown"], name), os.O_RDWR | os.O_CREAT), number)
+        sys.argv, sys.path[0], status = [request["script"], *request["arguments"]], request["house"], 0
+        try:
+            exec(request["code"] or "")
+            runpy.run_path(os.path.join(request["house"], request["script"]), run_name="__main__")
+        except SystemExit as stop:
+            status = stop.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def forks():
+    command = [sys.executable, "-c", SERVER]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, tmp_path_factory, forks):
     """run("train.py", "--epochs", 1, ...) -> CompletedProcess, in an empty folder; `code` runs before main."""
 
-    def run(script, *arguments, code=None, cwd=tmp_path, timeout=240, **environment):
-        command = [str(HOUSE / script)]
-        if code:  # as `python script`, with something of the script's modules changed first
-            start = (
-                f"import runpy, sys; sys.path.insert(0, {str(HOUSE)!r}); sys.argv[0] = {script!r}; {code}; "
-            )
-            command = ["-c", start + f"runpy.run_path({str(HOUSE / script)!r}, run_name='__main__')"]
-        return subprocess.run(
-            [sys.executable, *command, *map(str, arguments)],
-            check=False,
-            cwd=cwd,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def run(script, *arguments, code=None, cwd=tmp_path, **environment):
+        shown = tmp_path_factory.mktemp("shown")
+        arguments = list(map(str, arguments))
+        request = {
+            "script": script,
+            "arguments": arguments,
+            "code": code,
+            "cwd": str(cwd),
+            "house": str(HOUSE),
+        }
+        request |= {"environment": {**os.environ, **environment}, "shown": str(shown)}
+        forks.stdin.write(json.dumps(request) + "\n")
+        forks.stdin.flush()
+        status = int(forks.stdout.readline())
+        output, errors = ((shown / name).read_text() for name in ("output", "errors"))
+        return subprocess.CompletedProcess([script, *arguments], status, output, errors)
 
     return run
 
@@ -67,3 +116,33 @@ def image_folder(tmp_path):
         return tmp_path / name
 
     return make
+
+
+def results(folder):
+    """Every result file below a folder, times and memory aside."""
+    found = {}
+    for path in sorted(folder.rglob("seed*.json")):
+        result = json.loads(path.read_text())
+        for entry in result["history"]:
+            del entry["seconds"], entry["images_per_second"]
+        for name in ("seconds", "peak_memory_bytes", "checksum"):
+            del result[name]
+        for name in ("out", "force", "root", "graph"):
+            del result["config"][name]
+        found[str(path.relative_to(folder))] = result
+    return found
+
+
+def weights(folder):
+    return {
+        str(path.relative_to(folder)): torch.load(path, weights_only=True)
+        for path in sorted(folder.rglob("*.pt"))
+    }
+
+
+def assert_same_bits(first, second):
+    assert results(first) == results(second)
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys() and ours
+    for name, state in ours.items():
+        assert all(torch.equal(value, theirs[name][key]) for key, value in state.items())

@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_bits
 from sklearn.cluster import KMeans
-from test_train import assert_same_bits
 
 import augment
 import data

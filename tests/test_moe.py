@@ -3,7 +3,7 @@ import json
 
 import numpy as np
 import torch
-from test_train import assert_same_bits
+from conftest import assert_same_bits
 
 import models
 import moe

@@ -1,0 +1,511 @@
+"""What README's last section promises, each with its real fault: a kill, a full disk, a damaged file, a hostile one."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+
+import hypothesis
+import hypothesis.strategies
+import numpy as np
+import pytest
+import torch
+from conftest import HOUSE, assert_same_bits
+from PIL import Image
+
+import aggregate
+import data
+import fewshot
+import moe
+import train
+
+TINY = ("--data", "synthetic", "--classes", "cat,dog", "--fraction", "0.1")
+NAME = "custom-none-synthetic-only-cat+dog-p0.1-epochs"
+
+
+def start(script, *arguments, cwd, **options):
+    command = [sys.executable, "-u", str(HOUSE / script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, **options
+    )
+
+
+def read_until(process, word):
+    for line in process.stdout:
+        if word in line:
+            return line
+    raise AssertionError(f"it ended without {word!r}: {process.stderr.read()}")
+
+
+# Killed
+
+
+KILLED_AT_RANDOM = """
+import importlib, os, pathlib, random, signal, sys, time
+import torch._dynamo, torchvision
+import data
+main = importlib.import_module(sys.argv.pop(1)).main
+most, slowest, chance, kills = int(sys.argv.pop(1)), float(sys.argv.pop(1)), random.Random(1), 0
+sys.stdout = open(os.devnull, "w")
+while kills < most:
+    child = os.fork()
+    if child == 0:
+        data.command_line(main)
+        os._exit(0)
+    while kills == 0 and not list(pathlib.Path("killed").rglob("*.ckpt")):
+        time.sleep(0.01)  # the first one later than a checkpoint
+    time.sleep(chance.uniform(0, slowest))
+    os.kill(child, signal.SIGKILL)
+    if os.waitpid(child, 0)[1] != signal.SIGKILL:
+        break  # it was done before
+    kills += 1
+print(kills, file=sys.stderr)
+"""
+KILLED = {  # how often, after how many seconds at most, and what
+    "train": (20, 1.5, ("--epochs", 12, "--dropout", 0.2, "--aug", "flip+autoaugment", "--batch-size", 16)),
+    "fewshot": (4, 4, ("--fraction", 1, "--way", 2, "--shot", 1, "--query", 1, "--episodes", 300)),
+    "moe": (5, 2, ("--epochs", 2)),
+}
+
+
+@pytest.mark.parametrize("script", KILLED)
+def test_killed_20_times_at_random_a_run_ends_with_the_same_bits(script, run, image_folder, tmp_path):
+    """The processes are forks of one that has imported torch, so that the kills fall into the run."""
+    image_folder(data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
+    most, slowest, command = KILLED[script]
+    command = ("--data", "images", *command)
+    file = tmp_path / "killed.py"
+    file.write_text(f"import sys; sys.path.insert(0, {str(HOUSE)!r}){KILLED_AT_RANDOM}")
+    words = map(str, [sys.executable, file, script, most, slowest, *command, "--out", "killed"])
+    killed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert int(killed.stderr.split()[-1]) >= 3, killed.stderr
+    shown = run(f"{script}.py", *command, "--out", "killed").stdout
+    assert "going on after epoch" in shown or "skipped" in shown
+    assert run(f"{script}.py", *command, "--out", "whole").returncode == 0
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert not list(tmp_path.rglob("*.ckpt")), "a finished run has none"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_one_line_and_a_checkpoint(number, status, tmp_path, run):
+    command = ("train.py", *TINY, "--epochs", 6, "--checkpoint-every", 2, "--out", "out")
+    process = start(*command, cwd=tmp_path)
+    read_until(process, "epoch 3/6")
+    process.send_signal(number)
+    _, error = process.communicate()
+    assert process.returncode == status and error.count("\n") == 1, error
+    assert number.name in error and "the same command goes on" in error
+    left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert left == ["seed1.ckpt"]
+    assert "going on after epoch" in run(*command).stdout
+
+
+def test_two_processes_that_take_the_same_run_do_it_once(tmp_path):
+    command = ("train.py", *TINY, "--epochs", 4, "--seed", 1, 2, "--out", "out")
+    both = [start(*command, cwd=tmp_path) for _ in range(2)]
+    shown = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert sorted(text.count("epoch 4/4") for text, _ in shown) in ([0, 2], [1, 1])
+    assert sum("waiting for" in text for text, _ in shown) >= 1
+    names = sorted(os.listdir(tmp_path / "out" / f"{NAME}4"))
+    assert names == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
+
+
+def test_two_processes_decode_a_folder_once(image_folder, tmp_path):
+    folder = image_folder(splits=(("train", 700), ("valid", 2), ("test", 3)))
+    both = [start("data.py", "--data", folder, cwd=tmp_path) for _ in range(2)]
+    shown = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert len(os.listdir(tmp_path / "data" / "cache")) == 1
+
+
+# Bad luck
+
+
+def test_the_results_folder_vanishes_and_the_run_ends_well(tmp_path):
+    process = start("train.py", *TINY, "--epochs", 4, "--out", "out", cwd=tmp_path)
+    read_until(process, "epoch 2/4")
+    shutil.rmtree(tmp_path / "out")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert len(aggregate.read(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("out", ["/proc/results", "file/results"])
+def test_results_that_cannot_be_written_end_a_run_before_it_begins(out, run, one_line, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = run("train.py", *TINY, "--out", out)
+    one_line(process, 1, out.split("/")[-1])
+    assert "epoch" not in process.stdout
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_keeps_what_is_done(run, one_line, tmp_path):
+    """ulimit -f: no file may grow beyond 1 MiB; the weights have 13."""
+    assert run("train.py", *TINY, "--epochs", 1, "--out", "out").returncode == 0
+    before = sorted((tmp_path / "out").rglob("*"))
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
+    process = run("train.py", *TINY, "--epochs", 1, "--seed", 1, 2, "--out", "out", code=limit)
+    one_line(process, 1, "seed2.pt cannot be written (File too large)")
+    assert "skipped" in process.stdout and sorted((tmp_path / "out").rglob("*")) == before
+
+
+def damage(path, how):
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) * 2 // 3] ^= 0x10
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+@pytest.mark.parametrize("file", ["train-images.npy", "test-labels.npy", "meta.json"])
+def test_a_damaged_cache_is_named_and_made_again(file, how, image_folder, tmp_path, capsys):
+    folder = image_folder()
+    dataset = data.load(folder, tmp_path / "root")
+    images = dataset.train.images.clone()
+    damage(dataset.cache / file, how)
+    again = data.load(folder, tmp_path / "root")
+    assert f"{file} is damaged: the images are decoded again" in capsys.readouterr().out
+    assert torch.equal(again.train.images, images)
+    data.load(folder, tmp_path / "root")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """A folder with one true result."""
+    folder = tmp_path_factory.mktemp("result")
+    command = [sys.executable, HOUSE / "train.py", *TINY, "--epochs", "1", "--out", folder]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "edited", "empty", "binary"])
+def test_a_damaged_result_is_named_by_every_script(how, result, tmp_path, capsys):
+    shutil.copytree(result, tmp_path / "out")
+    path = tmp_path / "out" / f"{NAME}1" / "seed1.json"
+    assert train.read_result(path) and len(aggregate.read(tmp_path)) == 1
+    content = path.read_text()
+    if how == "edited":
+        accuracy = json.loads(content)["test"]["accuracy"]
+        path.write_text(content.replace(f'"accuracy": {accuracy}', '"accuracy": 0.99'))
+    elif how in ("empty", "binary"):
+        path.write_bytes(b"" if how == "empty" else bytes(range(256)))
+    else:
+        damage(path, how)
+    assert train.read_result(path) is None and aggregate.read(tmp_path) == []
+    shown = capsys.readouterr()
+    assert f"{path} is no result file" in shown.out and f"left out: {path}" in shown.err
+
+
+def test_an_experts_damaged_weights_are_named_and_made_again(image_folder, tmp_path, monkeypatch, capsys):
+    image_folder(data.CLASSES, (("train", 2), ("valid", 1), ("test", 1)))
+    monkeypatch.chdir(tmp_path)
+    args, _ = moe.parse_arguments(["--data", "images", "--epochs", "1"])
+    state = moe.trained(args, 1).state_dict()
+    (path,) = tmp_path.rglob("seed1.pt")
+    damage(path, "flipped")
+    capsys.readouterr()
+    again = moe.trained(args, 1).state_dict()
+    assert "seed1.pt is missing or damaged" in capsys.readouterr().out
+    assert all(torch.equal(state[name], again[name]) for name in state)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = train.Checkpoint(tmp_path / "x.ckpt", {})
+    for content in (train.torch_bytes({"settings": {}, "states": Harmful()}), pickle.dumps(Harmful())):
+        digest = train.hashlib.sha256(content).hexdigest().encode()
+        checkpoint.path.write_bytes(digest + b"\n" + content)
+        assert checkpoint.restore({}) == []
+    assert capsys.readouterr().out.count("x.ckpt is damaged, or no checkpoint") == 2
+    weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(Harmful(), weights)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match="weights of resnet18"):
+        train.models.build("resnet18", pretrained=True)
+    assert not (tmp_path / "harmed").exists()
+    assert "weights_only=False" not in "".join(path.read_text() for path in HOUSE.glob("*.py"))
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(run, one_line, tmp_path):
+    limit = "import resource, torch; import torch._dynamo; used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
+    limit += "resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)"
+    options = ("--data", "synthetic", "--batch-size", 2000, "--epochs", 1)
+    process = run("train.py", *options, code=limit, OMP_NUM_THREADS="1")
+    one_line(process, 1, "out of memory on cpu with --batch-size 2000: lower it")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_too_little_memory_on_a_gpu_is_one_line(run, one_line):
+    limit = "import torch; torch.cuda.set_per_process_memory_fraction(0.005)"
+    process = run("train.py", "--data", "synthetic", "--batch-size", 2000, "--epochs", 1, code=limit)
+    one_line(process, 1, "out of memory on cuda with --batch-size 2000: lower it")
+
+
+def test_a_bare_machine_is_enough(image_folder, tmp_path):
+    """One core, no /dev/shm, a home that cannot be written, an unknown language."""
+    image_folder(splits=(("train", 1500), ("valid", 2), ("test", 2)))
+    bare = "mount -t tmpfs -o ro none /dev/shm && exec taskset -c 0 "
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", bare + "true"], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("no right to unmount /dev/shm here")
+    command = f"{sys.executable} {HOUSE}/data.py --data images"
+    for cores in ("0", "0,1"):  # with two, processes would decode
+        environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
+        process = subprocess.run(
+            ["unshare", "-m", "sh", "-c", bare.replace("-c 0", f"-c {cores}") + command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        shutil.rmtree(tmp_path / "data")
+
+
+# Bad input
+
+
+NAMES = ("two words", 'it\'s "quoted"', "new\nline", "żółć", "-", "a" * 200, os.fsdecode(b"\xff\xfe"))
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 1, 2)])
+def test_folders_and_classes_of_any_name_train(counts, image_folder, tmp_path, run, monkeypatch):
+    for number, name in enumerate(NAMES):
+        place = tmp_path / name
+        image_folder(NAMES, tuple(zip(data.SPLITS, counts, strict=True)), name=name)
+        process = run("train.py", "--data", place, "--epochs", 1) if number == 2 else None
+        assert data.load(str(place), tmp_path / "root").classes == tuple(sorted(NAMES))
+        if process:
+            assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(("classes", "images"), [(1, 3), (1, 1), (1000, 1)])
+def test_any_number_of_classes_trains(classes, images, image_folder, tmp_path, run):
+    image_folder([f"class{number}" for number in range(classes)], [(split, images) for split in data.SPLITS])
+    process = run("train.py", "--data", "images", "--epochs", 1, "--batch-size", 250)
+    assert process.returncode == 0, process.stderr
+
+
+def test_one_image_at_a_time_is_refused_where_batch_norm_cannot(image_folder, run, one_line):
+    image_folder()
+    process = run("train.py", "--data", "images", "--arch", "resnet18", "--batch-size", 1)
+    one_line(process, 2, "resnet18", "--batch-size")
+
+
+def picture(size=(32, 32)):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+CONTENTS = [picture(), picture((1, 7)), picture()[:60], b"", b"no picture", b"\x89PNG\r\n\x1a\n" + bytes(40)]
+SCRIPTS = {"train": train, "fewshot": fewshot, "moe": moe, "data": data}
+
+
+def called(script, arguments):
+    """The exit status and standard error of a script's main in this process."""
+    output, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    before, handlers = sys.argv, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = [f"{script}.py", *map(str, arguments)]
+    status = 0
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            data.command_line(SCRIPTS[script].main)
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = before
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
+    return status, errors.buffer.getvalue().decode()
+
+
+def snapshot(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if not path.is_dir()}
+
+
+VALUES = ["0", "1", "2", "-1", "0.5", "1e9", "nan", "inf", "", " ", "ż", "cat,dog", "x" * 300, "\n", "flip", "none", "../x",
+          "adam", "sgd", "vehicles", "all", "synthetic", "images", "cpu", "cuda:9", "bf16", "off", "custom", "1.5.2", "٣"]  # fmt: skip
+OPTIONS = {
+    "train": "arch aug data fraction classes epochs batch-size lr optimizer momentum weight-decay dropout pretrained seed "
+    "device amp no-graph checkpoint-every force colour",
+    "fewshot": "data fraction classes way shot query episodes lr optimizer momentum weight-decay seed device amp force",
+    "moe": "animals train-adapters data fraction epochs batch-size lr optimizer dropout classes seed device amp colour",
+    "data": "data fraction classes help",
+}
+
+
+def thrown(test):
+    """The test, with 500 random number generators by hypothesis, which shortens what fails."""
+    everything = hypothesis.settings(max_examples=500, deadline=None, derandomize=True, database=None)
+    return everything(hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))(test))
+
+
+def random_command(chance):
+    """Mostly wrong; what is right is small: the last --data, --epochs, --episodes and --batch-size win."""
+    script = chance.choice(list(OPTIONS))
+    names = chance.sample(OPTIONS[script].split(), chance.randint(0, 3))
+    words = [
+        word
+        for name in names
+        for word in (f"--{name}", *chance.sample(VALUES, chance.choice((0, 1, 1, 1, 2))))
+    ]
+    if chance.random() < 0.8:
+        small = {"train": ["--epochs", 1], "fewshot": ["--episodes", 1], "moe": ["--epochs", 1], "data": []}
+        words += small[script]
+    return script, [str(word) for word in words]
+
+
+def test_500_random_command_lines_never_end_in_a_traceback(image_folder, tmp_path, monkeypatch):
+    image_folder(data.CLASSES[:3], (("train", 2), ("valid", 2), ("test", 2)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setattr(data, "synthetic", lambda drawn=data.synthetic: drawn((40, 20, 20)))
+    seen = set()
+
+    @thrown
+    def throw(chance):
+        script, words = random_command(chance)
+        if "synthetic" not in words and "--data" not in words:
+            words += ["--data", "images"]
+        before = snapshot(tmp_path / "images")
+        status, error = called(
+            script, [*words, *(["--out", "out"] if script != "data" else []), "--root", "root"]
+        )
+        seen.add(status)
+        assert status in (0, 1, 2), error
+        assert (error.count("\n") == 1) == (status != 0) and "Traceback" not in error, error
+        assert snapshot(tmp_path / "images") == before
+        assert set(os.listdir(tmp_path)) <= {"images", "out", "root"}
+
+    throw()
+    assert {0, 2} <= seen
+
+
+def random_tree(chance, folder):
+    """A folder that resembles a data set: half of them whole, the others with something odd, often several."""
+    classes = chance.sample([*NAMES[:5], "cat", "dog"], chance.randint(1, 2))
+    odd = chance.choice((0.0, 0.1, 0.3))
+
+    def oddly(usual, *others):
+        return chance.choice(others) if chance.random() < odd else usual
+
+    for split in data.SPLITS:
+        for name in classes:
+            place = folder / oddly(split, "Train", "valid") / oddly(name, "fish", "a/b")
+            place.mkdir(parents=True, exist_ok=True)
+            for number in range(oddly(2, 0, 1)):
+                file = place / f"{number}{oddly('.png', '.PNG', '.txt', '.jpg', '')}"
+                file.unlink(missing_ok=True)
+                if chance.random() >= odd / 3:
+                    file.write_bytes(oddly(chance.choice(CONTENTS[:2]), *CONTENTS))
+                elif chance.random() < 0.5:
+                    file.symlink_to(chance.choice([os.devnull, ".", "nowhere", "/dev/zero", file.name]))
+                else:
+                    os.mkfifo(file)
+
+
+def test_500_random_folders_never_end_in_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    @thrown
+    def throw(chance):
+        tree = tmp_path / "tree"
+        shutil.rmtree(tree, ignore_errors=True)
+        random_tree(chance, tree)
+        before = snapshot(tree)
+        status, error = called("data", ["--data", tree, "--root", "root"])
+        seen.append(status)
+        assert status in (0, 1, 2) and (error.count("\n") == 1) == (status != 0), error
+        assert "Traceback" not in error and snapshot(tree) == before
+        assert set(os.listdir(tmp_path)) <= {"tree", "root"}
+
+    throw()
+    assert set(seen) >= {0, 1} and seen.count(0) > 10, seen
+
+
+# Several processes
+
+
+def torchrun(*arguments, cwd):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    words = [*command, str(HOUSE / "train.py"), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, cwd=cwd, env=environment, text=True, **pipes)
+
+
+def test_two_processes_train_one_network_and_a_lost_one_costs_an_epoch(tmp_path):
+    command = (*TINY, "--epochs", 6, "--batch-size", 16, "--amp", "off", "--aug", "flip")
+    whole = torchrun(*command, "--out", "whole", cwd=tmp_path)
+    shown, error = whole.communicate()
+    assert whole.returncode == 0, error
+    assert shown.count("epoch 6/6") == 1 and "seed    accuracy" in shown  # one speaks for both
+    results = aggregate.read(tmp_path / "whole")
+    assert len(results) == 1 and np.sum(results[0].content["confusion"]) == 200
+
+    broken = torchrun(*command, "--out", "broken", cwd=tmp_path)
+    read_until(broken, "epoch 2/6")
+    workers = subprocess.run(["pgrep", "-P", str(broken.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
+    _, error = broken.communicate()
+    assert broken.returncode != 0
+    assert "another process of this run was lost" in error or "stopped by SIGTERM" in error, error
+    assert [path.name for path in (tmp_path / "broken").rglob("seed*.*") if path.suffix != ".lock"] == [
+        "seed1.ckpt"
+    ]
+    again = torchrun(*command, "--out", "broken", cwd=tmp_path)
+    shown, error = again.communicate()
+    assert "going on after epoch" in shown, error
+    assert_same_bits(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
+    """Without batch norm's own statistics in each process, two processes learn what one does; and every image counts once,
+    with a last batch that is smaller, and of odd size."""
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import sys; sys.path.insert(0, {str(HOUSE)!r})
+import torch, train
+from torch import distributed as dist
+args = type("Args", (), {{"batch_size": 16, "device": "cpu"}})
+inputs, labels = torch.randn(53, 8, generator=torch.Generator().manual_seed(1)), torch.arange(53) % 3
+torch.manual_seed(2)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+with train.joined_workers(args):
+    workers, seen = train.Workers(), []
+    network = workers.join(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for batch in workers.share(zip(inputs.split(16), labels.split(16))):
+        seen.append(len(batch[1]))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(batch[0]), batch[1]).backward()
+        optimizer.step()
+    if workers.rank == 0:
+        torch.save((seen, model.state_dict()), {str(tmp_path)!r} + f"/{{workers.number}}.pt")
+""")
+    subprocess.run([sys.executable, script], check=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    subprocess.run(command, check=True, capture_output=True)
+    (alone, one), (shares, two) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    assert alone == [16, 16, 16, 5] and shares == [8, 8, 8, 3]
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
