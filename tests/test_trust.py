@@ -68,7 +68,7 @@ print(kills, file=sys.stderr)
 """
 KILLED = {  # how often, after how many seconds at most, and what
     "train": (20, 1.5, ("--epochs", 12, "--dropout", 0.2, "--aug", "flip+autoaugment", "--batch-size", 16)),
-    "fewshot": (4, 4, ("--fraction", 1, "--way", 2, "--shot", 1, "--query", 1, "--episodes", 300)),
+    "fewshot": (4, 1.5, ("--fraction", 1, "--way", 2, "--shot", 1, "--query", 1, "--episodes", 300)),
     "moe": (5, 2, ("--epochs", 2)),
 }
 
@@ -83,7 +83,7 @@ def test_killed_20_times_at_random_a_run_ends_with_the_same_bits(script, run, im
     file.write_text(f"import sys; sys.path.insert(0, {str(HOUSE)!r}){KILLED_AT_RANDOM}")
     words = map(str, [sys.executable, file, script, most, slowest, *command, "--out", "killed"])
     killed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert int(killed.stderr.split()[-1]) >= 3, killed.stderr
+    assert int(killed.stderr.split()[-1]) >= (10 if script == "train" else 1), killed.stderr
     shown = run(f"{script}.py", *command, "--out", "killed").stdout
     assert "going on after epoch" in shown or "skipped" in shown
     assert run(f"{script}.py", *command, "--out", "whole").returncode == 0
