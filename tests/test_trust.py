@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -509,3 +510,12 @@ with train.joined_workers(args):
     assert alone == [16, 16, 16, 5] and shares == [8, 8, 8, 3]
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+
+
+def test_readme_names_tests_that_are_there():
+    promises = (HOUSE / "README.md").read_text().split("## What is promised")[1]
+    tests = "".join(path.read_text() for path in HOUSE.glob("tests/test_*.py"))
+    names = re.findall(r"`(test_\w+)(…?)`", promises)
+    assert len(names) > 20
+    for name, more in names:
+        assert f"def {name}{'' if more else '('}" in tests, name
