@@ -29,12 +29,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has none, and so no locks
     fcntl = None
-from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
 SIZE = 32  # pixels a side
 CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
