@@ -23,6 +23,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -390,11 +391,14 @@ def _open_cache(folder, name):
 
 
 def mapped(path):
-    """The array of an .npy file as a tensor of which nothing is read before it is used."""
-    array = np.load(path, mmap_mode="c")  # c: nothing can be written back
+    """The array of an .npy file as a tensor of which nothing is read before it is used, and to which nothing may be
+    written."""
+    array = np.load(path, mmap_mode="r")  # mode c, which could be written to, must fit in memory
     if _larger_than_memory(array.nbytes):
         array.base.madvise(mmap.MADV_RANDOM)  # no reading ahead: what is not asked for would push out what is
-    return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch knows no tensor that is for reading only
+        return torch.from_numpy(array)
 
 
 def _larger_than_memory(size):

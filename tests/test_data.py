@@ -200,6 +200,20 @@ def test_augmentation_hangs_on_seed_and_epoch_alone(name, monkeypatch, tmp_path)
         assert not torch.equal(whole, epoch(**other)), other
 
 
+def test_a_set_larger_than_memory_is_mapped(tmp_path):
+    """A file with holes, of a tebibyte that nobody wrote."""
+    count = 2**40 // 3072
+    path = tmp_path / "images.npy"
+    with open(path, "wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, 32, 32)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + count * 3072)
+    split = data.Split(data.mapped(path), torch.zeros(count // 1000, dtype=torch.int64))
+    assert split.images.shape == (count, 3, 32, 32) and split.images[-1].sum() == 0
+    batches = data.batches(split, 64, (0,) * 3, (1,) * 3, torch.device("cpu"), seed=1)
+    assert next(batches)[0].shape == (64, 3, 32, 32)
+
+
 def test_batches_are_normalised_channels_last_and_match_their_labels():
     dataset = data.load("synthetic", fraction=0.1)
     for images, labels in data.batches(
