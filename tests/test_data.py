@@ -379,6 +379,17 @@ def test_a_tar_member_that_would_leave_its_folder_is_refused(kind, tmp_path):
     assert list((tmp_path / "inner").iterdir()) == [] and not (tmp_path / "escaped").exists()
 
 
+def test_a_tar_member_with_an_absolute_path_stays_inside(tmp_path):
+    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
+        for name in (*data.SPLITS, str(tmp_path / "escaped")):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE
+            tar.addfile(member)
+    data._unpack(tmp_path / "bad.tar.gz", tmp_path / "folder")
+    assert not (tmp_path / "escaped").exists()
+    assert any(path.name == "escaped" for path in (tmp_path / "folder").rglob("*"))
+
+
 def test_cifar10_comes_through_torchvision_and_500_of_a_class_are_held_out(server, tmp_path, monkeypatch):
     """An archive of the shape of cifar-10-python.tar.gz, with a hundredth of its images."""
     files, _, address = server

@@ -74,7 +74,9 @@ KILLED = {  # how often, after how many seconds at most, and what
 }
 
 
-@pytest.mark.parametrize("script", KILLED)
+@pytest.mark.parametrize(
+    "script", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fewshot", "moe"))]
+)
 def test_killed_20_times_at_random_a_run_ends_with_the_same_bits(script, run, image_folder, tmp_path):
     """The processes are forks of one that has imported torch, so that the kills fall into the run."""
     image_folder(data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
