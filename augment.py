@@ -351,6 +351,13 @@ def random_rotation(images, generator, degrees=15):
     return rotate(images, _uniform(generator, -degrees, degrees, len(images)).to(images.device))
 
 
+def random_translation(images, generator, most=4):
+    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most` whole
+    pixels each way, black outside."""
+    x, y = _uniform(generator, 0, 2 * most + 1, 2, len(images)).floor() - most
+    return translate(images, x.to(images.device), y.to(images.device))
+
+
 def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Boxes of RandomResizedCrop, (top, left, height, width), each float (N,): the first of ten tries that
     fits, else the largest box in the middle whose ratio is allowed."""
@@ -463,6 +470,7 @@ AUGMENTATIONS = {
     "jitter": random_jitter,
     "autoaugment": random_autoaugment,
     "cutout": random_cutout,
+    "translate": random_translation,
 }
 NAMES = ("none", *AUGMENTATIONS, "hybrid")
 

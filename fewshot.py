@@ -180,6 +180,7 @@ def train_embedding(args, seed, dataset, device, checkpoint):
     history = train.fit(
         *(Prototypes(model, args.way, args.shot), args, seed, args.way, device, checkpoint),
         counts=[count * args.way * (args.shot + args.query) for count in blocks],
+        batch_size=args.way * (args.shot + args.query),
         train_batches=train_batches,
         unit=f"{BLOCK} episodes",
     )

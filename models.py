@@ -55,12 +55,13 @@ class CustomCNN(nn.Module):
         return self.classifier(self.features(images))
 
 
-def build(arch, num_classes=10, dropout=0.0, pretrained=False):
+def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
     """One of ARCHITECTURES, with `num_classes` outputs.
 
-    The three networks of torchvision keep their ImageNet stem, and get the head Linear(features, 256), ReLU,
-    Linear(256, num_classes); nothing is frozen. pretrained: start them from torchvision's ImageNet weights
-    (resnet18 and efficientnet_b0 did so on the slides; all three use IMAGENET1K_V1).
+    The three networks of torchvision get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is
+    frozen. pretrained: start them from torchvision's ImageNet weights (resnet18 and efficientnet_b0 did so on the
+    slides; all three use IMAGENET1K_V1). stem: `imagenet`, as it is, or `small`, for images of 32 pixels: a 3x3
+    first convolution of stride 1, and no max-pool behind it (He et al., 2016, section 4.2).
     Raises ValueError for an option that the architecture does not have, RuntimeError if weights cannot be
     fetched.
     """
@@ -69,9 +70,15 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
     if arch == "custom":
         if pretrained:
             raise ValueError("custom has no pretrained weights: only " + ", ".join(ARCHITECTURES[1:]) + " do")
+        if stem == "small":
+            raise ValueError(
+                "custom has no small stem: its own is one; only " + ", ".join(ARCHITECTURES[1:]) + " do"
+            )
         return CustomCNN(num_classes, dropout)
     if dropout:
         raise ValueError(f"{arch} has no dropout setting: only custom does, so leave dropout at 0")
+    if pretrained and stem == "small":
+        raise ValueError("a small stem has no pretrained weights: they are of the ImageNet stem")
     # Here, since importing it takes over a second, and the custom network needs none of it
     from torchvision import models as torchvision_models
 
@@ -94,11 +101,23 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False):
         ) from error
     if arch == "resnet18":
         model.fc = _head(model.fc.in_features, num_classes)
+        if stem == "small":
+            model.conv1, model.maxpool = _small_stem(64), nn.Identity()
     elif arch == "densenet121":
         model.classifier = _head(model.classifier.in_features, num_classes)
+        if stem == "small":
+            model.features.conv0, model.features.pool0 = _small_stem(64), nn.Identity()
     else:  # torchvision's own 20 % dropout before the last layer goes: the recipe has none
         model.classifier = _head(model.classifier[-1].in_features, num_classes)
+        if stem == "small":
+            model.features[0][0].stride = (1, 1)
     return model
+
+
+def _small_stem(width):
+    convolution = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
 
 
 def _head(features, num_classes):

@@ -97,6 +97,7 @@ def train_gate(args, seed, dataset, device, checkpoint):
     history = train.fit(
         *(model, args, seed, classes, device, checkpoint),
         counts=[len(labels["train"])] * args.epochs,
+        batch_size=args.batch_size,
         train_batches=lambda epoch: feature_batches(
             seen["train"], labels["train"], args.batch_size, seed, epoch
         ),

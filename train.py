@@ -48,6 +48,7 @@ OPTIMIZERS = {
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions, at half the speed of float32
 EVALUATION_BATCH = {"cpu": 256, "cuda": 2048}  # what a CPU's cache holds; enough to keep a GPU busy
+TENSOR_RATE = ("adam", "adamw", "sgd")  # take a learning rate that is on the device: a graph can change it
 CAPTURABLE = ("adam", "adamw", "adamax", "nadam", "rmsprop", "sgd")  # adagrad counts its steps on the host
 
 UNIMPORTANT = ("seed", "out", "root", "force", "checkpoint_every")  # to what a run computes
@@ -66,6 +67,10 @@ TAGS = {
     "weight_decay": lambda value: f"wd{value!r}",
     "dropout": lambda value: f"dropout{value!r}",
     "pretrained": lambda value: "pretrained",
+    "stem": lambda value: f"stem-{value}",
+    "schedule": lambda value: value,
+    "label_smoothing": lambda value: f"smooth{value!r}",
+    "tta": lambda value: f"tta-{value}",
     "amp": lambda value: f"amp-{value}",
     "way": lambda value: f"way{value}",
     "shot": lambda value: f"shot{value}",
@@ -139,11 +144,11 @@ class Totals:
 # The loop
 
 
-def train_step(model, optimizer, scaler, autocast, totals, inputs, labels):
-    """Forward, loss, backward, step, count."""
+def train_step(model, optimizer, scaler, autocast, totals, label_smoothing, inputs, labels):
+    """Forward, loss, backward, step, count. The loss counted is the one that is learned from."""
     with autocast:
         logits = model(inputs)
-    loss = F.cross_entropy(logits.float(), labels)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.step(optimizer)
@@ -197,7 +202,29 @@ def why_not_captured(args, device, scaler):
         return "--no-graph"
     if scaler.is_enabled():
         return "fp16's gradient scaler waits for the host"
+    if args.schedule != "none" and args.optimizer not in TENSOR_RATE:
+        return f"a graph cannot change the learning rate of {args.optimizer}"
     return None if args.optimizer in CAPTURABLE else f"{args.optimizer} waits for the host"
+
+
+def one_cycle(step, steps):
+    """The share of the learning rate at step 0, 1, ... of a run: up in a straight line over the first fifth, and down in
+    one to zero behind the last. A function of the step alone, so that a resumed run goes on from it. After Smith
+    and Topin, 2018, arXiv:1708.07120, without their change of momentum."""
+    top = max(1, steps // 5)
+    return (step + 1) / top if step < top else (steps - step) / (steps - top + 1)
+
+
+def scheduled(batches, optimizer, peak, first, steps):
+    """Yield the batches, and before each give the optimizer the learning rate of its step; that of the first is `first`."""
+    for step, batch in enumerate(batches, start=first):
+        for group in optimizer.param_groups:
+            rate = peak * one_cycle(step, steps)
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)  # where a captured step reads it, without a wait
+            else:
+                group["lr"] = rate
+        yield batch
 
 
 def train_epoch(model, step, batches, progress):
@@ -228,6 +255,7 @@ def fit(
     device,
     checkpoint,
     counts,
+    batch_size,
     train_batches,
     valid_batches=None,
     unit="epoch",
@@ -241,7 +269,14 @@ def fit(
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = checkpoint.restore(stateful)
     totals, workers = Totals(num_classes, device), Workers()
-    step = functools.partial(train_step, workers.join(model), optimizer, scaler, autocast, totals)
+    smoothing = vars(args).get("label_smoothing", 0.0)
+    step = functools.partial(train_step, workers.join(model), optimizer, scaler, autocast, totals, smoothing)
+    steps = list(itertools.accumulate((math.ceil(count / batch_size) for count in counts), initial=0))
+    if args.schedule != "none" and device.type == "cuda" and args.optimizer in TENSOR_RATE:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(
+                args.lr, device=device
+            )  # also after a checkpoint, which holds the CPU's
     reason = why_not_captured(args, device, scaler)
     if not reason:
         step = CapturedStep(step)
@@ -253,7 +288,10 @@ def fit(
         started = time.monotonic()
         totals.reset()
         progress = data.Progress(f"{unit} {epoch}/{len(counts)}", count // workers.number)
-        train_epoch(model, step, workers.share(train_batches(epoch)), progress)
+        batches = workers.share(train_batches(epoch))
+        if args.schedule != "none":
+            batches = scheduled(batches, optimizer, args.lr, steps[epoch - 1], steps[-1])
+        train_epoch(model, step, batches, progress)
         entry = {"epoch": epoch, "train": totals.metrics()}
         rate = count / (time.monotonic() - started)
         check_finite(entry["train"]["loss"], f"{unit} {epoch}")
@@ -276,7 +314,7 @@ def train(args, seed, dataset, device, checkpoint):
             f"{args.arch} cannot learn from one image at a time (batch norm): raise --batch-size"
         )
     torch.manual_seed(seed)
-    model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained)
+    model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained, args.stem)
     model = model.to(device, memory_format=torch.channels_last)
     print(f"{args.arch}: {describe_model(model, args, device)}")
     streams = augment.parse(args.aug, dataset.mean)
@@ -288,14 +326,33 @@ def train(args, seed, dataset, device, checkpoint):
     history = fit(
         *(model, args, seed, len(dataset.classes), device, checkpoint),
         counts=[len(dataset.train.labels) * len(streams)] * args.epochs,
+        batch_size=args.batch_size,
         train_batches=lambda epoch: batches(dataset.train, args.batch_size, streams, seed, epoch),
         valid_batches=lambda: batches(dataset.valid, evaluation_batch),
     )
     autocast, _ = mixed_precision(args, device)
-    totals = Totals(len(dataset.classes), device)
-    evaluate(model, autocast, Workers().share(batches(dataset.test, evaluation_batch)), totals)
+
+    def test(network):
+        of_test = Workers().share(batches(dataset.test, evaluation_batch))
+        return evaluate(network, autocast, of_test, Totals(len(dataset.classes), device))
+
+    totals = test(model)
     tested = {"test": totals.metrics(), "confusion": totals.confusion.tolist()}
+    if args.tta == "flip":
+        tested["test_tta"] = test(Mirrored(model)).metrics()
+        print(f"with mirror images: test accuracy {tested['test_tta']['accuracy']:.4f}")
     return model.state_dict(), {"history": history, **tested}
+
+
+class Mirrored(torch.nn.Module):
+    """A network that sees each image twice, as it is and mirrored: the mean of both logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return (self.model(images) + self.model(images.flip(3))) / 2
 
 
 def check_finite(loss, when):
@@ -322,11 +379,16 @@ def epoch_line(entry, epochs, unit):
 
 
 def make_optimizer(parameters, args, device):
-    """The optimizer of OPTIMIZERS with args.lr, args.weight_decay and, for sgd and rmsprop, args.momentum;
-    fused into one kernel where PyTorch has one."""
+    """The optimizer of OPTIMIZERS with args.lr, args.weight_decay and, for sgd (Nesterov's) and rmsprop, args.momentum;
+    fused into one kernel where PyTorch has one. With a schedule, norms and biases have no weight decay."""
     options = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.momentum:
-        options["momentum"] = args.momentum
+        options |= {"momentum": args.momentum, **({"nesterov": True} if args.optimizer == "sgd" else {})}
+    if args.schedule != "none" and args.weight_decay:
+        parameters = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
     if device.type in ("cpu", "cuda") and args.optimizer in ("adam", "adamw", "sgd"):
         options["fused"] = True
     if device.type == "cuda" and args.optimizer in CAPTURABLE and args.optimizer != "sgd":  # sgd always is
@@ -749,10 +811,13 @@ def add_optimizer_arguments(parser):
     )
     group.add_argument("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
     group.add_argument("--momentum", type=number(float, 0, 1, True), default=0.0,
-                       help="of sgd and rmsprop (default: 0)")  # fmt: skip
+                       help="of sgd, as Nesterov's, and of rmsprop (default: 0)")  # fmt: skip
     group.add_argument(
         "--weight-decay", type=number(float, 0, low_itself=True), default=0.0, help="(default: 0)"
     )
+    group.add_argument("--schedule", default="none", choices=("none", "onecycle"), help="onecycle: the learning rate goes up "
+                       "to --lr over a fifth of the run and down to zero, and norms and biases have no weight decay "
+                       "(default: %(default)s)")  # fmt: skip
 
 
 def add_training_arguments(parser):
@@ -763,6 +828,8 @@ def add_training_arguments(parser):
     group.add_argument("--batch-size", type=number(int, 0), default=64, help="(default: %(default)s)")
     group.add_argument("--dropout", type=number(float, 0, 1, True), default=0.0, help="k of the custom network: k after "
                        "each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
+    group.add_argument("--label-smoothing", type=number(float, 0, 1, True), default=0.0, metavar="E",
+                       help="share of a label that goes to all classes alike (default: 0)")  # fmt: skip
 
 
 def check_optimizer(args):
@@ -780,9 +847,11 @@ def check(args):
     check_optimizer(args)
     augment.parse(args.aug)
     with torch.device("meta"):
-        models.build(args.arch, 10, args.dropout)
+        models.build(args.arch, 10, args.dropout, stem=args.stem)
     if args.pretrained and args.arch == "custom":
         raise ValueError("--pretrained: custom has no pretrained weights")
+    if args.pretrained and args.stem != "imagenet":
+        raise ValueError("--pretrained: the weights are of the ImageNet stem; leave --stem out")
 
 
 def parse_arguments(argv=None):
@@ -794,7 +863,12 @@ def parse_arguments(argv=None):
     group.add_argument("--aug", default="none", help=f"{', '.join(augment.NAMES)}, or several joined by + "
                        "(default: %(default)s)")  # fmt: skip
     group.add_argument("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
+    group.add_argument("--stem", default="imagenet", choices=("imagenet", "small"), help="of torchvision's networks; small: "
+                       "a 3x3 convolution of stride 1 and no max-pool, for 32x32 images (default: %(default)s)")  # fmt: skip
     add_training_arguments(parser)
+    group = parser.add_argument_group("test")
+    group.add_argument("--tta", default="none", choices=("none", "flip"), help="flip: test the mean over each image and its "
+                       "mirror image too, beside the plain test (default: %(default)s)")  # fmt: skip
     add_run_arguments(parser)
     args = parser.parse_args(argv)
     check(args)

@@ -118,6 +118,13 @@ def image_folder(tmp_path):
     return make
 
 
+@pytest.fixture
+def tiny(image_folder):
+    """Arguments of a run that takes seconds: two classes of 20 images, in the folder `images`."""
+    image_folder(splits=(("train", 20), ("valid", 4), ("test", 6)))
+    return ("--data", "images")
+
+
 def results(folder):
     """Every result file below a folder, times and memory aside."""
     found = {}

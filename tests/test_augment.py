@@ -241,6 +241,21 @@ def test_angles_are_drawn_as_torchvision_does(generator, monkeypatch):
     )
 
 
+def test_translations_are_torchvisions_padded_crops(generator, monkeypatch):
+    images = torch.randint(1, 256, (MANY, 3, 12, 9), dtype=torch.uint8, generator=generator)
+    seen, padded = [], torch.nn.functional.pad(images, (4, 4, 4, 4))
+    real = augment.translate
+    monkeypatch.setattr(
+        augment, "translate", lambda images, x, y: (seen.append((x, y)), real(images, x, y))[1]
+    )
+    moved = augment.random_translation(images, generator)
+    places = [(4 - int(y), 4 - int(x)) for x, y in zip(*seen[0], strict=True)]  # top and left of the crop
+    for number, (top, left) in enumerate(places[:200]):
+        assert torch.equal(moved[number], padded[number, :, top : top + 12, left : left + 9])
+    image = torch.zeros(3, 20, 17)
+    assert same_discrete(places, [transforms.RandomCrop.get_params(image, (12, 9))[:2] for _ in range(MANY)])
+
+
 @pytest.mark.parametrize(
     ("size", "scale", "ratio"),
     [
@@ -405,15 +420,12 @@ def test_file_works_alone_in_another_project_and_so_do_readmes_lines(tmp_path):
     shutil.copy(HOUSE / "augment.py", tmp_path)
     (snippet,) = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
     (tmp_path / "theirs.py").write_text(snippet)
-    code = (
-        "from torchvision import datasets; datasets.CIFAR10 = lambda root, transform, **_: datasets.FakeData("
+    code = "from torchvision import datasets\n"
+    code += (
+        "datasets.CIFAR10 = lambda root, transform, **_: datasets.FakeData(64, (3, 32, 32), 10, transform)\n"
     )
-    code += "128, (3, 32, 32), 10, transform); exec(open('theirs.py').read())"
-    shown = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert shown.returncode == 0, shown.stderr
-    code = "import augment, torch; x = torch.zeros(9, 3, 16, 20, dtype=torch.uint8); g = torch.Generator()\n"
+    code += "exec(open('theirs.py').read())\n"
+    code += "x, g = torch.zeros(9, 3, 16, 20, dtype=torch.uint8), torch.Generator()\n"
     code += "for f in augment.AUGMENTATIONS.values(): assert f(x, g).shape == x.shape"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 

@@ -25,6 +25,31 @@ def test_parameter_counts(arch, count):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("arch", "count", "before_head"),
+    [("resnet18", 11_302_730, 4), ("densenet121", 7_211_146, 4), ("efficientnet_b0", 4_338_054, 2)],
+)
+def test_small_stem_keeps_the_image_and_the_rest_of_the_network(arch, count, before_head):
+    model, plain = models.build(arch, stem="small").eval(), models.build(arch)
+    assert sum(p.numel() for p in model.parameters()) == count
+    trunk = {"resnet18": "layer1", "densenet121": "features.denseblock1", "efficientnet_b0": "features.1"}[
+        arch
+    ]
+    seen = []
+    model.get_submodule(trunk).register_forward_hook(lambda _, given, __: seen.append(given[0].shape[2:]))
+    last = {"resnet18": "layer4", "densenet121": "features.denseblock4", "efficientnet_b0": "features.8"}[
+        arch
+    ]
+    model.get_submodule(last).register_forward_hook(lambda _, __, output: seen.append(output.shape[2:]))
+    model(torch.randn(2, 3, 32, 32))
+    assert seen == [(32, 32), (before_head, before_head)]
+    first = "conv1.weight" if arch == "resnet18" else "features.conv0.weight"
+    other = {
+        name for name, value in model.state_dict().items() if value.shape != plain.state_dict()[name].shape
+    }
+    assert other == (set() if arch == "efficientnet_b0" else {first})
+
+
 def test_custom_network_layer_by_layer():
     model = models.build("custom", num_classes=7, dropout=0.3).eval()
     seen = []
@@ -87,6 +112,10 @@ def test_wrong_options_are_refused():
         models.build("resnet18", dropout=0.1)
     with pytest.raises(ValueError, match="custom has no pretrained"):
         models.build("custom", pretrained=True)
+    with pytest.raises(ValueError, match="custom has no small stem"):
+        models.build("custom", stem="small")
+    with pytest.raises(ValueError, match="small stem has no pretrained"):
+        models.build("resnet18", pretrained=True, stem="small")
 
 
 def test_models_work_alone_in_another_project(tmp_path):
