@@ -30,10 +30,12 @@ RECIPE = {
     "data": "cinic10", "classes": None, "fraction": 1.0, "epochs": 10, "batch_size": 64, "amp": "auto",
     "arch": None, "pretrained": False, "aug": None, "dropout": 0.0,
     "lr": 0.001, "optimizer": "adam", "momentum": 0.0, "weight_decay": 0.0,
-    "way": 5, "shot": 5, "query": None, "episodes": 3000,
-    "animals": "cat,dog,deer,horse", "train_adapters": False,
+    "stem": "imagenet", "schedule": "none", "label_smoothing": 0.0, "tta": "none",
+    "way": 5, "shot": 5, "query": None, "episodes": 3000, "method": "episodes",
+    "animals": "cat,dog,deer,horse", "train_adapters": False, "adapter_width": 1280,
 }  # fmt: skip
-STUDIED = ("arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay")  # what tables compare
+STUDIED = ("arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule",
+           "label_smoothing", "method")  # what tables compare  # fmt: skip
 NO_SETTING = (
     "seed",
     "out",
@@ -52,6 +54,11 @@ PARTS = {  # of a result file that hold METRICS: in each entry of the history, a
     "fewshot.py": (("train",), ("test", "one_prototype", "nearest_image")),
     "moe.py": (("train", "valid"), ("test", "base", "ensemble")),
 }
+OPTIONAL = ("test_tta", "pair")  # parts that some runs have
+OF_ROW = (
+    "part",
+    "after",
+)  # in a row's settings, and no settings: the part it shows; the row that its gain is over
 
 
 # The tables of the slides
@@ -91,6 +98,30 @@ def architectures(**settings):
 
 def custom(aug="none", **settings):
     return {"arch": "custom", "aug": aug, **settings}
+
+
+def ladder(arch):
+    """What is beyond the slides' recipe, added one at a time: {row: settings}."""
+    rungs = {
+        "one-cycle": {"schedule": "onecycle"},
+        "small stem": {"stem": "small"},
+        "flip and translation": {"aug": "flip+translate"},
+        "smoothed labels": {"label_smoothing": 0.1, "tta": "flip"},
+    }
+    settings = {"arch": arch, "aug": "none"}
+    rows, last = {arch: settings}, arch
+    for rung, added in rungs.items():
+        if arch != "custom" or "stem" not in added:
+            settings = settings | added
+            rows[f"{arch} + {rung}"] = settings | {"after": last}
+            last = f"{arch} + {rung}"
+    sgd = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "weight_decay": 0.0005}
+    return {
+        **rows,
+        f"{arch} + mirror images": settings | {"after": last, "part": "test_tta"},
+        f"{arch}, by SGD": settings | sgd | {"after": last},
+        f"{arch}, by SGD + mirror images": settings | sgd | {"after": f"{arch}, by SGD", "part": "test_tta"},
+    }
 
 
 # Published: N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the
@@ -152,7 +183,8 @@ TABLES = (
         "0.4": [(0.7031, 0.0218), (0.6909, 0.0146)],
     }),
     Table("moe", "Mixture of experts", "moe.py",
-          {"mixture": {}, "base alone": {"part": "base"}, "mean of three bases": {"part": "ensemble"}},
+          {"mixture": {}, "base alone": {"part": "base"}, "mean of two bases": {"part": "pair"},
+           "mean of three bases": {"part": "ensemble"}},
           of_metrics("loss", "accuracy", "f1", "precision", "recall"), {
         "mixture": [(0.6208, None), (0.8034, None), (0.8036, None), (0.8040, None), (0.8034, None)],
     }),
@@ -174,6 +206,12 @@ TABLES = (
         "0.001": [(0.1123, 0.0083)], "0.002": [(0.1610, 0.0281)], "0.005": [(0.1833, 0.0255)],
         "0.01": [(0.2020, 0.0162)], "0.02": [(0.3191, 0.0204)], "0.05": [(0.3960, 0.0151)], "0.1": [(0.4894, 0.0116)],
     }),
+    Table("beyond", "Beyond the slides", "train.py",
+          {row: settings for arch in ("custom", "resnet18", "densenet121", "efficientnet_b0")
+           for row, settings in ladder(arch).items()}, of_metrics("accuracy", "f1", "loss"), {}),
+    Table("beyond-fewshot", "Beyond the slides: few-shot learning from labels", "fewshot.py",
+          {str(p): {"fraction": p, "method": "labels"} for p in QUERIES},
+          {**of_metrics("accuracy", "recall", "precision", "f1"), "nearest image": ({}, "nearest_image", "accuracy")}, {}),
 )
 # fmt: on
 
@@ -218,13 +256,16 @@ def understand(path, content):
     settings["data"] = os.path.normpath(settings["data"])
     if script == "fewshot.py" and settings["query"] == queries(settings["fraction"]):
         settings["query"] = None  # the slides' own
+    if settings["method"] == "labels" and settings["schedule"] == "onecycle":
+        settings["schedule"] = "none"  # the method's own
     if not all(value is None or isinstance(value, str | int | float) for value in settings.values()):
         raise ValueError("a setting is no plain value")
     done = len(content["history"])
     if script != "fewshot.py" and done != settings["epochs"]:
         raise ValueError(f"half a run: {done} of {settings['epochs']} epochs")
     history = [entry[part] for entry in content["history"] for part in PARTS[script][0]]
-    for part in (*history, *(content[name] for name in PARTS[script][1])):
+    parts = [content[name] for name in (*PARTS[script][1], *(name for name in OPTIONAL if name in content))]
+    for part in (*history, *parts):
         if not all(math.isfinite(part[metric]) for metric in METRICS):
             raise ValueError("a metric is not finite")
     classes, experts = len(content["data"]["classes"]), 3
@@ -254,7 +295,7 @@ def arrange(results):
         for number, table in enumerate(tables):
             places = list(itertools.product(table.rows, table.columns))
             cells = [table.rows[row] | table.columns[column][0] for row, column in places]
-            compared = {*STUDIED, *itertools.chain(*cells)} - {"part"}
+            compared = {*STUDIED, *itertools.chain(*cells)} - {*OF_ROW}
             differs = {k: v for k, v in result.settings.items() if k not in compared and v != RECIPE.get(k)}
             group = tuple(sorted(differs.items()))
             for place, settings in zip(places, cells, strict=True):
@@ -264,9 +305,11 @@ def arrange(results):
                     used = True
         if not used:
             unused.append(result)
-    for number, group in list(blocks):  # the long run of the overfitting figure makes no table
-        alone = TABLES[number].name == "initial" and {row for row, _ in blocks[number, group]} == {"custom"}
-        if alone and dict(group).get("epochs") == 30:
+    for number, group in list(blocks):
+        table, rows = TABLES[number], {row for row, _ in blocks[number, group]}
+        # The long run of the overfitting figure makes no table of initial results; nor do those make one of what is beyond
+        long_alone = table.name == "initial" and rows == {"custom"} and dict(group).get("epochs") == 30
+        if long_alone or (table.name == "beyond" and not any("after" in table.rows[row] for row in rows)):
             del blocks[number, group]
     return blocks, unused
 
@@ -294,9 +337,9 @@ def tabulated(number, group, found, with_published):
         for place, (column, (_, part, metric)) in enumerate(table.columns.items()):
             results = found.get((row, column), {})
             part = settings.get("part", part)
-            values = [r.content[part][metric] for _, r in sorted(results.items())]
-            if part == "ensemble":
-                values = values[:1]  # of the same three networks, whatever the gate's seed
+            values = [r.content[part][metric] for _, r in sorted(results.items()) if part in r.content]
+            if part in ("pair", "ensemble"):
+                values = values[:1]  # of the same networks, whatever the gate's seed
             if values:
                 std = float(np.std(values, ddof=1)) if len(values) > 1 else None
                 there = slides and place < len(slides)
@@ -403,9 +446,12 @@ def print_tables(blocks, style, with_published, folder):
             lines = [
                 line for row in rows for line in lines_of(row, rows[row].values(), style, len(counts) > 1)
             ]
-            lines = [[style["escape"](text) for text in line] for line in [["", *table.columns], *lines]]
+            lines.insert(0, ["", *table.columns])
+            if any("after" in settings for settings in table.rows.values()):
+                lines = [line + [gain(table, rows, line[0])] for line in lines]
+            lines = [[style["escape"](text) for text in line] for line in lines]
             print(tabulate.tabulate(lines, "firstrow", style["format"], disable_numparse=True,
-                                    colalign=["left"] + ["right"] * len(table.columns)) + "\n")  # fmt: skip
+                                    colalign=["left"] + ["right"] * (len(lines[0]) - 1)) + "\n")  # fmt: skip
             if len(counts) == 1 and counts != {3}:
                 say("note", f"Seeds: {counts.pop()}")
             if any(cell and cell.tied for cell in cells):
@@ -429,6 +475,15 @@ def lines_of(row, cells, style, counted):
         lines[1].append(number(*there) if there else "")
         lines[2].append(f"{cell.mean - there[0]:+.4f}" if there else "")
     return lines if any(lines[1][1:]) else lines[:1]
+
+
+def gain(table, rows, row):
+    """What a row adds to the accuracy of the row that it builds on, as text; of the head of the table, the head."""
+    if row not in rows:
+        return "gain"
+    before = rows.get(table.rows[row].get("after"), {}).get("accuracy")
+    cell = rows[row]["accuracy"]
+    return f"{cell.mean - before.mean:+.4f}" if cell and before else ""
 
 
 def number(mean, std):
@@ -524,7 +579,7 @@ def draw_curves(figure, table, found):
 
 
 def draw_fractions(figure, table, found):
-    """Test accuracy over the share of the data, of both tables; found: {name of a table: cells}."""
+    """Test accuracy over the share of the data, of several tables; found: {name of a table: cells}."""
     axes = figure.subplots()
     for (name, cells), colour in zip(found.items(), COLOURS, strict=False):
         rows = {float(row): [r.content["test"]["accuracy"] for r in seeds.values()]
@@ -562,7 +617,7 @@ FIGURES = {
     "moe": ("moe-gate", draw_gate, (6.4, 4.4)),
     "fewshot": ("fewshot", draw_fractions, (6.4, 4.4)),
 }  # of a table: name of the files, function, size in inches
-LABELS = {"fewshot": "few-shot", "regular": "regular training"}
+LABELS = {"fewshot": "few-shot", "regular": "regular training", "beyond-fewshot": "few-shot from labels"}
 
 
 def draw_figures(blocks, folder):
@@ -581,7 +636,7 @@ def draw_figures(blocks, folder):
         if draw is None or (draw is draw_confusion and ("custom", "accuracy") not in found):
             continue
         if draw is draw_fractions:
-            found = {"fewshot": found, **regular_beside(blocks, group)}
+            found = {"fewshot": found, **curves_beside(blocks, group)}
         if name in drawn:
             name += re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{value}" for key, value in group))
         drawn.add(name)
@@ -598,12 +653,14 @@ def draw_figures(blocks, folder):
         print(folder / f"{name}.png", file=sys.stderr)
 
 
-def regular_beside(blocks, group):
-    """{"regular": the cells of regular training} on the data set of a few-shot group; {} if there are none."""
+def curves_beside(blocks, group):
+    """{name of a table: its cells} of other ways to learn, on the data set of a few-shot group."""
+    curves = {}
     for (number, theirs), found in sorted(blocks.items(), key=lambda item: len(item[0][1])):
-        if TABLES[number].name == "regular" and dict(theirs).get("data") == dict(group).get("data"):
-            return {"regular": found}
-    return {}
+        name, same = TABLES[number].name, dict(theirs).get("data") == dict(group).get("data")
+        if name in LABELS and name != "fewshot" and same:
+            curves.setdefault(name, found)
+    return curves
 
 
 def main():

@@ -244,8 +244,13 @@ class Progress:
 # Parts of a set
 
 
+def class_names(spec):
+    """The names that --classes means: a group's, or those between commas."""
+    return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
+
+
 def _select_classes(dataset, spec):
-    names = GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
+    names = class_names(spec)
     for name in names:
         if name not in dataset.classes:
             raise ValueError(

@@ -3,11 +3,15 @@
     python fewshot.py --fraction 0.01 --seed 1 2 3
     python fewshot.py --data synthetic --fraction 0.1 --episodes 300
     python fewshot.py --fraction 0.001 --query 2 --shot 5 --way 5
+    python fewshot.py --fraction 0.01 --method labels        # beyond the slides: far more accurate
 
 An episode draws `way` classes; of each, `shot` support images make a prototype, the mean of their embeddings,
 and `query` other images, flipped and autoaugmented, are told apart by their distance to the prototypes. At the
 end every image of the fraction is embedded, each class is split into sub-prototypes by k-means, and the whole test
 split goes to the nearest.
+
+`--method labels` trains a larger embedding to tell all classes apart at once, and then gives each class one prototype.
+It sees the images and labels of the fraction, and nothing else.
 """
 
 import torch
@@ -23,7 +27,9 @@ import train
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 BLOCK = 100  # episodes drawn and augmented at a time, a line of the history, and a checkpoint
 VALIDATION_EPISODES = 600
-SUB_PROTOTYPES = 3
+SUB_PROTOTYPES = {"episodes": 3, "labels": 1}  # a class, at the end; one is what training on labels aims at
+LABELLED_BATCH = 32  # images in a step of training on labels
+SHARPNESS = 10.0  # logits are so many times a cosine: those of Chen et al. are learned, and end at about that
 BATCH = 256  # images embedded at a time outside of episodes
 
 
@@ -112,6 +118,37 @@ def episodes(split, dataset, args, count, device, generator, streams):
         yield images.float().mul_(scale).add_(shift), labels
 
 
+# Labels
+
+
+class Labelled(torch.nn.Module):
+    """An embedding and a direction for each class: logits are cosines, so that the classes' means will do as prototypes.
+    Chen et al., 2019, arXiv:1904.04232 (Baseline++).
+
+    images: float (N, 3, H, W). Returns float (N, classes).
+    """
+
+    def __init__(self, embedding, width, classes):
+        super().__init__()
+        self.embedding, self.directions = embedding, torch.nn.Parameter(torch.randn(classes, width))
+
+    def forward(self, images):
+        return SHARPNESS * F.linear(self.embedding(images), F.normalize(self.directions, dim=1))
+
+
+def labelled_batches(split, dataset, count, device, generator, streams):
+    """Yield `count` batches of augmented (images, labels): every image of the split once, in random order, then again."""
+    total, size = count * LABELLED_BATCH, len(split.labels)
+    orders = [torch.randperm(size, generator=generator) for _ in range(-(-total // size))]
+    rows = torch.cat(orders)[:total].to(split.images.device)
+    images, labels = split.images[rows].to(device), split.labels[rows].to(device)
+    for augmentation in streams[0]:
+        images = augmentation(images, generator)
+    scale, shift = data.scale_and_shift(dataset.mean, dataset.std, device)
+    for part, true in zip(images.split(LABELLED_BATCH), labels.split(LABELLED_BATCH), strict=True):
+        yield part.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift), true
+
+
 # Test: sub-prototypes
 
 
@@ -164,25 +201,36 @@ def classify(embeddings, labels, points, owners, num_classes):
 
 
 def train_embedding(args, seed, dataset, device, checkpoint):
-    """Train on episodes, then test. Returns weights and the run's part of a result file."""
-    check_sizes(dataset.train.labels.cpu(), args, dataset.classes)
-    check_sizes(dataset.valid.labels.cpu(), args, dataset.classes)
+    """Train on episodes or labels, then test. Returns weights and the run's part of a result file."""
+    labelled = args.method == "labels"
+    for split in (dataset.valid,) if labelled else (dataset.train, dataset.valid):
+        check_sizes(split.labels.cpu(), args, dataset.classes)
     torch.manual_seed(seed)
-    model = models.FewShotEmbedding().to(device, memory_format=torch.channels_last)
+    if labelled:
+        model, classes, batch_size = models.ConvEmbedding(), len(dataset.classes), LABELLED_BATCH
+        network = Labelled(model, 256, classes)
+        streams = augment.parse("flip+translate+autoaugment")
+    else:
+        model, classes, batch_size = models.FewShotEmbedding(), args.way, args.way * (args.shot + args.query)
+        network = Prototypes(model, args.way, args.shot)
+        streams = augment.parse("flip+autoaugment")
+    network = network.to(device, memory_format=torch.channels_last)
     print(f"embedding: {train.describe_model(model, args, device)}")
-    streams = augment.parse("flip+autoaugment")
     blocks = [min(BLOCK, args.episodes - start) for start in range(0, args.episodes, BLOCK)]
 
     def train_batches(block):
         generator = torch.Generator().manual_seed(data.seed_from(seed, block, "episodes"))
-        return episodes(dataset.train, dataset, args, blocks[block - 1], device, generator, streams)
+        given = (blocks[block - 1], device, generator, streams)
+        if labelled:
+            return labelled_batches(dataset.train, dataset, *given)
+        return episodes(dataset.train, dataset, args, *given)
 
     history = train.fit(
-        *(Prototypes(model, args.way, args.shot), args, seed, args.way, device, checkpoint),
-        counts=[count * args.way * (args.shot + args.query) for count in blocks],
-        batch_size=args.way * (args.shot + args.query),
+        *(network, args, seed, classes, device, checkpoint),
+        counts=[count * batch_size for count in blocks],
+        batch_size=batch_size,
         train_batches=train_batches,
-        unit=f"{BLOCK} episodes",
+        unit=f"{BLOCK} {'batches' if labelled else 'episodes'}",
     )
 
     autocast, _ = train.mixed_precision(args, device)
@@ -191,7 +239,7 @@ def train_embedding(args, seed, dataset, device, checkpoint):
     points, tests = (embed(model, part, dataset, device, autocast) for part in (dataset.train, dataset.test))
     outcome = {"history": history, "episodes": validate(model, args, dataset, device, autocast)}
     generator = torch.Generator().manual_seed(data.seed_from(seed, "kmeans"))
-    for name, clusters in (("test", SUB_PROTOTYPES), ("one_prototype", 1)):
+    for name, clusters in (("test", SUB_PROTOTYPES[args.method]), ("one_prototype", 1)):
         centres = [kmeans(points[labels == label], clusters, generator)[0] for label in range(num_classes)]
         owners = torch.repeat_interleave(torch.tensor([len(c) for c in centres])).to(device)
         totals = classify(tests, dataset.test.labels.to(device), torch.cat(centres), owners, num_classes)
@@ -200,7 +248,7 @@ def train_embedding(args, seed, dataset, device, checkpoint):
             outcome["confusion"] = totals.confusion.tolist()
     totals = classify(tests, dataset.test.labels.to(device), points, labels, num_classes)
     outcome["nearest_image"] = totals.metrics()
-    show(outcome)
+    show(outcome, SUB_PROTOTYPES[args.method])
     return model.state_dict(), outcome
 
 
@@ -223,7 +271,7 @@ def validate(model, args, dataset, device, autocast):
     return {"count": len(hits), "accuracy": hits.mean().item(), "confidence95": interval.item()}
 
 
-def show(outcome):
+def show(outcome, clusters):
     valid = outcome["episodes"]
     print(
         f"\n{valid['count']} validation episodes: accuracy {valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
@@ -231,7 +279,7 @@ def show(outcome):
     rows = [
         [name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)]
         for name, key in (
-            (f"{SUB_PROTOTYPES} sub-prototypes a class", "test"),
+            *([(f"{clusters} sub-prototypes a class", "test")] if clusters > 1 else []),
             ("1 prototype a class", "one_prototype"),
             ("nearest training image", "nearest_image"),
         )
@@ -248,14 +296,20 @@ def parse_arguments(argv=None):
     group.add_argument("--shot", type=count, default=5, help="support images a class (default: %(default)s)")
     group.add_argument("--query", type=count, help="query images a class (default: the slides', by fraction: "
                        f"{', '.join(f'{q} at {p}' for p, q in QUERIES.items())})")  # fmt: skip
-    group.add_argument("--episodes", type=count, default=3000, help="(default: %(default)s)")
+    group.add_argument(
+        "--episodes", type=count, default=3000, help="or batches of labels (default: %(default)s)"
+    )
+    group.add_argument("--method", default="episodes", choices=SUB_PROTOTYPES, help="labels: train on all classes' labels, by "
+                       "default with --schedule onecycle (default: %(default)s)")  # fmt: skip
     train.add_optimizer_arguments(parser)
     train.add_run_arguments(parser)
-    parser.set_defaults(fraction=0.01)
+    parser.set_defaults(fraction=0.01, schedule=None)
     args = parser.parse_args(argv)
     train.check_optimizer(args)
     args.query = args.query or queries(args.fraction)
-    recipe = {"fraction": args.fraction, "query": queries(args.fraction)}
+    schedule = "onecycle" if args.method == "labels" else "none"
+    args.schedule = args.schedule or schedule
+    recipe = {"fraction": args.fraction, "query": queries(args.fraction), "schedule": schedule}
     name = train.run_name(
         args, ("fewshot", f"p{args.fraction!r}"), lambda key: recipe.get(key, parser.get_default(key))
     )

@@ -158,6 +158,20 @@ class FewShotEmbedding(nn.Module):
         return F.normalize(self.fusion(both).float(), dim=1)
 
 
+class ConvEmbedding(nn.Module):
+    """The custom network's convolutions, averaged over the image, as an embedding.
+
+    images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 256). 1,126,944 parameters.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.features = CustomCNN().features
+
+    def forward(self, images):
+        return F.normalize(self.features(images).mean((2, 3)).float(), dim=1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017, arXiv:1706.03762). tokens: float (N, T, width)."""
 
@@ -182,27 +196,27 @@ class SelfAttention(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A gate that mixes what several frozen experts see of an image.
 
-    features: float (N, experts, 4096), each expert's flattened trunk, or (N, experts, 1280), adapted already.
+    features: float (N, experts, 4096), each expert's flattened trunk, or (N, experts, width), adapted already.
     Returns logits, float (N, num_classes). The adapters stay at their random start, as in the authors' code, unless
     train_adapters.
     """
 
-    def __init__(self, experts=3, num_classes=10, train_adapters=False):
+    def __init__(self, experts=3, num_classes=10, train_adapters=False, width=1280):
         super().__init__()
-        self.adapters = nn.ModuleList(nn.Linear(4096, 1280) for _ in range(experts))
+        self.adapters = nn.ModuleList(nn.Linear(4096, width) for _ in range(experts))
         self.adapters.requires_grad_(train_adapters)
         self.gate = nn.Sequential(
-            *(nn.Linear(1280, 64), nn.BatchNorm1d(64), nn.ReLU(inplace=True), nn.Dropout(0.3)),
+            *(nn.Linear(width, 64), nn.BatchNorm1d(64), nn.ReLU(inplace=True), nn.Dropout(0.3)),
             *(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True), nn.Dropout(0.3)),
             *(nn.Linear(32, experts), nn.Softmax(dim=1)),
         )
         self.classifier = nn.Sequential(
-            nn.Linear(1280, 64), nn.ReLU(inplace=True), nn.Linear(64, num_classes)
+            nn.Linear(width, 64), nn.ReLU(inplace=True), nn.Linear(64, num_classes)
         )
 
     def adapt(self, features):
-        """float (N, experts, 4096) -> (N, experts, 1280)."""
-        if features.shape[2] == 1280:
+        """float (N, experts, 4096) -> (N, experts, width)."""
+        if features.shape[2] != 4096:
             return features
         return torch.stack([adapter(features[:, i]) for i, adapter in enumerate(self.adapters)], dim=1)
 

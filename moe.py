@@ -2,7 +2,7 @@
 
     python moe.py --seed 1 2 3                                # on CINIC-10; trains the experts if they are not there
     python moe.py --data path/to/folder --fraction 0.25 --epochs 3
-    python moe.py --train-adapters --animals all
+    python moe.py --train-adapters --adapter-width 512 --animals all    # costs two base networks, is as large as three
 
 The experts are the custom network on hybrid augmentation with dropout 0.2, the best on the slides: one trained
 on all classes (the base), one on vehicles, one on animals. They are taken from --out if `train.py` left them there.
@@ -29,13 +29,18 @@ EXPERT = (
     "0.2",
 )  # the slides leave the experts' own recipe open
 ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
+ROWS = {
+    "test": "mixture",
+    "base": "base alone",
+    "pair": "mean of two bases",
+    "ensemble": "mean of three bases",
+}
 BATCH = 256  # images whose features are computed at a time
 
 
-def experts(args, seed):
-    """The base, vehicles and animals networks of a seed, trained now if their weights are not there."""
-    animals = "animals" if args.animals == "all" else args.animals
-    return [trained(args, seed, classes) for classes in (None, "vehicles", animals)]
+def specialties(args):
+    """The classes of each expert, as --classes takes them; None is all."""
+    return (None, "vehicles", "animals" if args.animals == "all" else args.animals)
 
 
 def trained(args, seed, classes=None):
@@ -61,7 +66,7 @@ def trained(args, seed, classes=None):
 
 @torch.no_grad()
 def features(networks, adapters, split, dataset, device, autocast):
-    """What the experts see of every image: float (N, experts, 1280) adapted, or (N, experts, 4096) without
+    """What the experts see of every image: float (N, experts, width) adapted, or (N, experts, 4096) without
     adapters. Computed once: experts are frozen, and the gate is trained on images without augmentation."""
     seen = []
     for images, _ in data.batches(split, BATCH, dataset.mean, dataset.std, device):
@@ -82,10 +87,13 @@ def feature_batches(inputs, labels, batch_size, seed=None, epoch=0):
 
 def train_gate(args, seed, dataset, device, checkpoint):
     """Train gate and classifier (and adapters, if asked). Returns weights and the run's part of a result file."""
-    networks = [network.to(device, memory_format=torch.channels_last) for network in experts(args, seed)]
+    networks = [trained(args, seed, classes) for classes in specialties(args)]
+    networks = [network.to(device, memory_format=torch.channels_last) for network in networks]
     torch.manual_seed(seed)
     classes = len(dataset.classes)
-    model = models.MixtureOfExperts(len(networks), classes, train_adapters=args.train_adapters).to(device)
+    model = models.MixtureOfExperts(len(networks), classes, args.train_adapters, args.adapter_width).to(
+        device
+    )
     print(f"mixture: {train.describe_model(model, args, device)}")
     autocast, _ = train.mixed_precision(args, device)
     adapters = None if args.train_adapters else model.adapt
@@ -108,9 +116,10 @@ def train_gate(args, seed, dataset, device, checkpoint):
     outcome = {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
     outcome["gate"] = gate_by_class(model, seen["test"], labels["test"], classes)
     bases = [trained(args, seed).to(device, memory_format=torch.channels_last) for seed in ENSEMBLE]
-    for name, compared in (("base", networks[:1]), ("ensemble", bases)):
+    for name, compared in (("base", networks[:1]), ("pair", bases[:2]), ("ensemble", bases)):
         outcome[name] = average(compared, dataset, device, autocast).metrics()
-    show(args, dataset, outcome)
+    outcome["cost"] = cost(args, networks, model, dataset)
+    show(dataset, outcome)
     return model.state_dict(), outcome
 
 
@@ -134,7 +143,26 @@ def average(networks, dataset, device, autocast):
     return totals
 
 
-def show(args, dataset, outcome):
+def cost(args, networks, model, dataset):
+    """Of each of ROWS: parameters, and the images that its networks are trained on, in base networks. That leaves out the
+    gate, which is trained on features."""
+    sizes = torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes)).tolist()
+    groups = [data.class_names(classes or ",".join(dataset.classes)) for classes in specialties(args)]
+    seen = [
+        size for group in groups for name, size in zip(dataset.classes, sizes, strict=True) if name in group
+    ]
+    whole = [p.numel() for p in networks[0].parameters()]
+    parts = [
+        p.numel() for part in (model, *(network.features for network in networks)) for p in part.parameters()
+    ]
+    costs = {
+        name: {"parameters": n * sum(whole), "bases": n}
+        for name, n in (("base", 1), ("pair", 2), ("ensemble", 3))
+    }
+    return {"test": {"parameters": sum(parts), "bases": sum(seen) / sum(sizes)}, **costs}
+
+
+def show(dataset, outcome):
     names = ["base", "vehicles", "animals"]
     rows = [
         [name, *(f"{w:.3f}" for w in row)] for name, row in zip(dataset.classes, outcome["gate"], strict=True)
@@ -142,10 +170,16 @@ def show(args, dataset, outcome):
     print("\nmean weight of each expert, test split")
     print(tabulate(rows, ["true class", *names], disable_numparse=True))
     rows = [
-        [name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)]
-        for name, key in (("mixture", "test"), ("base alone", "base"), ("mean of three bases", "ensemble"))
+        [
+            name,
+            *(f"{outcome[key][m]:.4f}" for m in train.METRICS),
+            f"{outcome['cost'][key]['parameters']:,}",
+            f"{outcome['cost'][key]['bases']:.1f}",
+        ]
+        for key, name in ROWS.items()
     ]
-    print("\n" + tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
+    headers = ["test split", *train.METRICS, "parameters", "training, in bases"]
+    print("\n" + tabulate(rows, headers, disable_numparse=True))
 
 
 def parse_arguments(argv=None):
@@ -154,6 +188,8 @@ def parse_arguments(argv=None):
     group = parser.add_argument_group("mixture")
     group.add_argument("--animals", default="cat,dog,deer,horse", help="classes of the animals expert, or all six "
                        "(default: %(default)s, which get confused)")  # fmt: skip
+    group.add_argument("--adapter-width", type=train.number(int, 0, 4096), default=1280, help="with 512 the mixture is as "
+                       "large as three base networks (default: %(default)s)")  # fmt: skip
     group.add_argument("--train-adapters", action="store_true", help="let the layers between experts and gate learn; by "
                        "default they stay at their random start, as in the authors' code")  # fmt: skip
     train.add_training_arguments(parser)

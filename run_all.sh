@@ -19,10 +19,12 @@
 # A run whose result is there is skipped, one that was stopped goes on: start it again after anything.
 
 # The study. A run has the recipe (Adam, lr 0.001, batch 64, 10 epochs) and the settings of its line; `all` is each
-# of the four architectures, `others` each but custom. Settings after -- come before those of a line, which win.
+# of the four architectures, `others` each but custom, with the slides' weights to start from; a name is that one, from
+# scratch, `scratch` each but custom. Settings after -- come before those of a line, which win.
 study='
 tables                           what     settings
-initial                          all      --aug none
+initial,beyond                   custom   --aug none
+initial                          others   --aug none
 overfitting                      custom   --aug none --epochs 30
 augmentation                     all      --aug flip
 augmentation                     all      --aug rotation
@@ -40,10 +42,10 @@ weight-decay                     all      --aug none --weight-decay 0.0001
 weight-decay                     all      --aug none --weight-decay 0.0002
 weight-decay                     all      --aug none --weight-decay 0.00005
 dropout                          custom   --aug hybrid --dropout 0.1
-dropout,moe                      custom   --aug hybrid --dropout 0.2
+dropout,moe,beyond-moe           custom   --aug hybrid --dropout 0.2
 dropout                          custom   --aug hybrid --dropout 0.3
 dropout                          custom   --aug hybrid --dropout 0.4
-moe                              custom   --aug hybrid --dropout 0.2 --classes vehicles
+moe,beyond-moe                   custom   --aug hybrid --dropout 0.2 --classes vehicles
 moe                              custom   --aug hybrid --dropout 0.2 --classes cat,deer,dog,horse
 fewshot                          fewshot  --fraction 0.001
 fewshot                          fewshot  --fraction 0.002
@@ -61,9 +63,30 @@ regular                          custom   --aug flip+autoaugment --fraction 0.05
 regular                          custom   --aug flip+autoaugment --fraction 0.1
 samples                          augment
 moe                              moe
+beyond                           custom   --schedule onecycle --aug none
+beyond                           custom   --schedule onecycle --aug flip+translate
+beyond                           custom   --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip
+beyond                           custom   --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                           resnet18 --aug none
+beyond                           resnet18 --schedule onecycle --aug none
+beyond                           resnet18 --schedule onecycle --stem small --aug none
+beyond                           resnet18 --schedule onecycle --stem small --aug flip+translate
+beyond                           scratch  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
+beyond                           scratch  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                           resnet18 --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
+beyond-fewshot                   fewshot  --method labels --fraction 0.001
+beyond-fewshot                   fewshot  --method labels --fraction 0.002
+beyond-fewshot                   fewshot  --method labels --fraction 0.005
+beyond-fewshot                   fewshot  --method labels --fraction 0.01
+beyond-fewshot                   fewshot  --method labels --fraction 0.02
+beyond-fewshot                   fewshot  --method labels --fraction 0.05
+beyond-fewshot                   fewshot  --method labels --fraction 0.1
+beyond-moe                       custom   --aug hybrid --dropout 0.2 --classes animals
+beyond-moe                       moe      --train-adapters --adapter-width 512 --animals all
 '
 # Choices that the slides leave open: learning rates, optimizers and dropouts were compared on hybrid (the report
 # says so); so were the experts trained, with the dropout that won; weight decays were compared without augmentation.
+# The lines of beyond... are ours, not the slides'.
 
 set -euo pipefail
 
@@ -94,8 +117,8 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions
-  study=$(grep -v 'fraction 0.00' <<<"$study")
+if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions; beyond the slides, only what is quick
+  study=$(grep -vE 'fraction 0.00|^beyond +(resnet18|scratch)|^beyond .*--epochs 30' <<<"$study")
   data=${data:-synthetic} out=${out:-smoke/results} figures=${figures:-smoke/figures} seeds=${seeds:-1} jobs=${jobs:-2}
   scratch=yes
   extra=(--epochs 1 --fraction 0.02 --episodes 5 --shot 1 --query 1 "${extra[@]}")
@@ -118,9 +141,9 @@ check --arch "$archs" "${all//,/ }"
 extra_for() { # the settings after --, without those that the script does not have
   local skip i
   case $1 in
-    train) skip=' --way --shot --query --episodes --animals --train-adapters ' ;;
-    moe) skip=' --way --shot --query --episodes --dropout ' ;;
-    *) skip=' --epochs --batch-size --dropout --animals --train-adapters ' ;;
+    train) skip=' --way --shot --query --episodes --method --animals --train-adapters --adapter-width ' ;;
+    moe) skip=' --way --shot --query --episodes --method --dropout --stem --tta ' ;;
+    *) skip=' --epochs --batch-size --dropout --label-smoothing --stem --tta --animals --train-adapters --adapter-width ' ;;
   esac
   for ((i = 0; i < ${#extra[@]}; i++)); do
     if [[ "$skip" != *" ${extra[i]%%=*} "* ]]; then
@@ -132,6 +155,7 @@ extra_for() { # the settings after --, without those that the script does not ha
 }
 
 commands=() names=()
+declare -A listed=()
 add() { # script, settings: a command, and its name for a log
   local script=$1 settings=$2 common=''
   [ "$data" = cinic10 ] || printf -v common ' --data %q' "$data"
@@ -143,7 +167,9 @@ add() { # script, settings: a command, and its name for a log
     settings="$(extra_for "$script")$settings"
     common+=" --seed $seeds"
   fi
-  commands+=("python $here$script.py${settings:+ ${settings% }}$common")
+  settings="python $here$script.py${settings:+ ${settings% }}$common"
+  [ ! "${listed[$settings]:-}" ] || return 0 # --from-scratch makes two lines one
+  commands+=("$settings") listed[$settings]=yes
   names+=("$(tr -cs 'A-Za-z0-9.+\n' '-' <<<"$script ${2:-}" | sed 's/-*$//')")
 }
 
@@ -152,14 +178,16 @@ while read -r tables what settings; do
   [ -z "$only" ] || [[ "$(printf ',%s,' "${tables//,/,,}")" =~ ,(${only//,/|}), ]] || continue
   case $what in
     all) networks=$all ;;
-    others) networks=${all#custom,} ;;
-    custom) networks=custom ;;
-    *) add "$what" "$settings" && continue ;;
+    others | scratch) networks=${all#custom,} ;;
+    fewshot | moe | augment) add "$what" "$settings" && continue ;;
+    *) networks=$what ;;
   esac
   for arch in ${networks//,/ }; do
     [[ ",$archs," == *",$arch,"* ]] || continue
     start=
-    case $arch in resnet18 | efficientnet_b0) [ "$scratch" ] || start=' --pretrained' ;; esac
+    case $what-$arch in all-resnet18 | others-resnet18 | all-efficientnet_b0 | others-efficientnet_b0)
+      [ "$scratch" ] || start=' --pretrained' ;;
+    esac
     add train "--arch $arch$start $settings"
   done
 done <<<"$study"

@@ -72,12 +72,14 @@ TAGS = {
     "label_smoothing": lambda value: f"smooth{value!r}",
     "tta": lambda value: f"tta-{value}",
     "amp": lambda value: f"amp-{value}",
+    "method": lambda value: value,
     "way": lambda value: f"way{value}",
     "shot": lambda value: f"shot{value}",
     "query": lambda value: f"query{value}",
     "episodes": lambda value: f"episodes{value}",
     "animals": lambda value: "animals-" + value.replace(",", "+"),
     "train_adapters": lambda value: "adapters",
+    "adapter_width": lambda value: f"width{value}",
 }
 
 
@@ -816,8 +818,8 @@ def add_optimizer_arguments(parser):
         "--weight-decay", type=number(float, 0, low_itself=True), default=0.0, help="(default: 0)"
     )
     group.add_argument("--schedule", default="none", choices=("none", "onecycle"), help="onecycle: the learning rate goes up "
-                       "to --lr over a fifth of the run and down to zero, and norms and biases have no weight decay "
-                       "(default: %(default)s)")  # fmt: skip
+                       "to --lr over a fifth of the run and then down to zero, and norms and biases have no weight "
+                       "decay; none: it stays")  # fmt: skip
 
 
 def add_training_arguments(parser):

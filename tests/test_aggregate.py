@@ -51,7 +51,8 @@ def fake(folder, command, accuracy=0.5):
             "config": config,
             "data": {"name": args.data.split("/")[-1], "classes": data.CLASSES},
             "history": [{"epoch": e + 1, "train": metrics, "valid": metrics} for e in range(entries)],
-            **dict.fromkeys(("test", "base", "ensemble", "one_prototype", "nearest_image"), metrics),
+            **dict.fromkeys(("test", "base", "pair", "ensemble", "one_prototype", "nearest_image"), metrics),
+            **({"test_tta": metrics} if "tta" in config and config["tta"] == "flip" else {}),
             "confusion": (np.eye(10, dtype=int) * 900 + 10).tolist(),
             "gate": [[0.2, 0.3, 0.5]] * 10,
         }
@@ -80,16 +81,51 @@ def arranged(folder):
 
 def test_run_all_fills_every_cell_and_runs_nothing_twice(study):
     commands = run_all("--list").stdout.splitlines()
-    assert len(set(commands)) == len(commands) == 77
+    assert len(set(commands)) == len(commands) == 101
     blocks, unused = arranged(study)
-    assert {group for _, group in blocks} == {()} and set(aggregate.by_group(blocks)) == {()}
-    assert {str(result.settings["classes"]) for result in unused} == {"vehicles", "cat,deer,dog,horse"}
+    longer, learned = (
+        (("epochs", 30),),
+        (("adapter_width", 512), ("animals", "all"), ("train_adapters", True)),
+    )
+    assert {group for _, group in blocks} == {(), longer, learned}
+    assert {aggregate.TABLES[number].name for number, group in blocks if group == longer} == {
+        "overfitting",
+        "beyond",
+    }
+    assert {aggregate.TABLES[number].name for number, group in blocks if group == learned} == {"moe"}
+    assert {str(r.settings["classes"]) for r in unused} == {"vehicles", "animals", "cat,deer,dog,horse"}
     for number, table in enumerate(aggregate.TABLES):
-        rows = aggregate.tabulated(number, (), blocks[number, ()], True)
+        rows = aggregate.tabulated(number, (), blocks.get((number, ()), {}), True)
         assert set(table.published) <= set(rows)
         for row, cells in rows.items():
-            seeds = 1 if row == "mean of three bases" else 3
+            seeds = 1 if row.startswith("mean of") else 3
             assert all(cell and len(cell.values) == seeds for cell in cells.values()), table.title
+
+
+def test_beyond_the_slides_each_option_has_its_own_gain(tmp_path, run):
+    recipe = "python train.py --arch resnet18 --seed 1 2 3"
+    added = [
+        "",
+        "--schedule onecycle",
+        "--stem small",
+        "--aug flip+translate",
+        "--label-smoothing 0.1 --tta flip",
+    ]
+    for number in range(len(added)):
+        fake(tmp_path, " ".join([recipe, *added[: number + 1]]), accuracy=0.5 + number**2 / 100)
+    text = run("aggregate.py", tmp_path).stdout
+    lines = text[text.index("### Beyond the slides") :].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[0] == ["", "accuracy", "f1", "loss", "gain"]
+    assert [(row[0], row[-1]) for row in cells[2:]] == [
+        ("resnet18", ""),
+        ("resnet18 + one-cycle", "+0.0100"),
+        ("resnet18 + small stem", "+0.0300"),
+        ("resnet18 + flip and translation", "+0.0500"),
+        ("resnet18 + smoothed labels", "+0.0700"),
+        ("resnet18 + mirror images", "+0.0000"),
+    ]
+    assert "Missing" not in text[text.index("### Beyond the slides") :]
 
 
 def test_a_table_is_what_the_slides_show_beside_ours(study, run):
@@ -112,7 +148,7 @@ def test_a_table_is_what_the_slides_show_beside_ours(study, run):
     assert first[1] == ["slides", "0.6775 ± 0.0015", "0.6775 ± 0.0015", "0.6763 ± 0.0010", "0.6752 ± 0.0017",
                         "0.9602 ± 0.0293"]  # fmt: skip
     assert first[2][:2] == ["difference", "-0.1775"]
-    assert "slides" not in run("aggregate.py", study, "--no-published").stdout
+    assert "| slides" not in run("aggregate.py", study, "--no-published").stdout
 
 
 def test_results_of_other_data_fractions_and_epochs_never_share_a_table(tmp_path):
@@ -220,7 +256,7 @@ def test_csv_json_and_latex_hold_the_same_numbers(study, run):
     assert len(cells) == len(rows) > 100
     for cell, row in zip(cells, rows, strict=True):
         assert cell["table"] == row["table"] and cell["mean"] == float(row["mean"])
-        assert cell["seeds"] == (1 if cell["row"] == "mean of three bases" else 3)
+        assert cell["seeds"] == (1 if cell["row"].startswith("mean of") else 3)
     wanted = next(c for c in cells if (c["table"], c["row"]) == ("Dropout, custom on hybrid", "0.2"))
     assert wanted["slides_mean"] == 0.7935 and wanted["difference"] == pytest.approx(0.5 - 0.7935)
     latex = run("aggregate.py", study, "--format", "latex").stdout
@@ -243,6 +279,7 @@ def test_every_figure_is_drawn(study, run, tmp_path):
         "weight-decay",
         "fewshot",
         "moe-gate",
+        "moe-gate-adapter_width-512-animals-all-train_adapters-True",
     )
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{n}.{s}" for n in names for s in ("png", "svg")

@@ -145,6 +145,40 @@ def test_run_result_and_same_bits(run, tmp_path):
     assert "skipped" in run("fewshot.py", *TINY, "--out", tmp_path / "a").stdout
 
 
+def test_training_on_labels_gives_the_same_bits_and_needs_no_episode(run, tmp_path):
+    """One image a class would not do for an episode."""
+    tiny = ("--data", "synthetic", "--fraction", 0.005, "--episodes", 12, "--query", 3, "--method", "labels")
+    for out in ("a", "b"):
+        process = run("fewshot.py", *tiny, "--out", tmp_path / out)
+        assert process.returncode == 0, process.stderr
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    (path,) = (tmp_path / "a").rglob("*.json")
+    assert path.parent.name == "fewshot-p0.005-synthetic-labels-query3-episodes12"
+    result = json.loads(path.read_text())
+    assert result["config"]["schedule"] == "onecycle" and result["test"] == result["one_prototype"]
+    models.ConvEmbedding().load_state_dict(torch.load(path.with_suffix(".pt"), weights_only=True))
+
+
+def test_labelled_batches_hold_every_image_of_the_fraction_as_often_as_any_other():
+    dataset = data.synthetic((50, 20, 20))
+    numbered = data.Split(
+        torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 3, 32, 32), torch.arange(50)
+    )
+    dataset, generator = dataset._replace(mean=(0, 0, 0), std=(1, 1, 1)), torch.Generator().manual_seed(1)
+    batches = list(fewshot.labelled_batches(numbered, dataset, 5, torch.device("cpu"), generator, [[]]))
+    assert [len(labels) for _, labels in batches] == [32] * 5
+    assert all(torch.allclose(images[:, 0, 0, 0] * 255, labels.float()) for images, labels in batches)
+    counts = torch.bincount(torch.cat([labels for _, labels in batches]), minlength=50)
+    assert sorted(set(counts.tolist())) == [3, 4]
+
+
+def test_logits_of_labels_are_ten_times_a_cosine():
+    network = fewshot.Labelled(torch.nn.Identity(), 6, 4)
+    embeddings = torch.nn.functional.normalize(torch.randn(5, 6), dim=1)
+    cosines = torch.nn.functional.cosine_similarity(embeddings[:, None], network.directions[None], dim=2)
+    assert torch.allclose(network(embeddings), 10 * cosines, atol=1e-5)
+
+
 @pytest.mark.parametrize(("fraction", "wanted"), [(0.01, "0.125"), (0.12, "0.125"), (0.001, "0.125")])
 def test_too_few_images_say_which_fraction_would_do(fraction, wanted, run, one_line, tmp_path):
     process = run("fewshot.py", "--data", "synthetic", "--fraction", fraction)

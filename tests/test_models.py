@@ -50,6 +50,15 @@ def test_small_stem_keeps_the_image_and_the_rest_of_the_network(arch, count, bef
     assert other == (set() if arch == "efficientnet_b0" else {first})
 
 
+def test_convolutional_embedding_is_the_custom_trunk_averaged():
+    model, custom = models.ConvEmbedding().eval(), models.build("custom").eval()
+    assert sum(p.numel() for p in model.parameters()) == 1_126_944
+    model.features.load_state_dict(custom.features.state_dict())
+    images = torch.randn(3, 3, 32, 32)
+    wanted = torch.nn.functional.adaptive_avg_pool2d(custom.features(images), 1).flatten(1)
+    assert torch.allclose(model(images), wanted / wanted.norm(dim=1, keepdim=True), atol=1e-6)
+
+
 def test_custom_network_layer_by_layer():
     model = models.build("custom", num_classes=7, dropout=0.3).eval()
     seen = []

@@ -37,6 +37,16 @@ def test_adapters_learn_only_when_asked():
     assert all(p.requires_grad for p in models.MixtureOfExperts(train_adapters=True).parameters())
 
 
+def test_with_a_width_of_512_the_mixture_is_as_large_as_three_bases():
+    model, base = models.MixtureOfExperts(3, 10, True, 512), models.build("custom")
+    assert model(torch.randn(2, 3, 4096)).shape == model(torch.randn(2, 3, 512)).shape == (2, 10)
+    dataset = train.data.synthetic((40, 10, 10))
+    args, _ = moe.parse_arguments(["--train-adapters", "--adapter-width", "512", "--animals", "all"])
+    cost = moe.cost(args, [base] * 3, model, dataset)
+    assert cost["test"]["bases"] == 2 and cost["test"]["parameters"] == 9_742_509
+    assert 1 < cost["test"]["parameters"] / cost["ensemble"]["parameters"] < 1.01
+
+
 def test_feature_batches_hold_every_row_once():
     inputs, labels = torch.arange(33.0).view(33, 1), torch.arange(33)
     batches = list(moe.feature_batches(inputs, labels, 16, seed=1, epoch=2))
@@ -65,8 +75,10 @@ def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folde
         10,
         3,
     )
-    for name in ("test", "base", "ensemble"):
+    for name in ("test", "base", "pair", "ensemble"):
         assert set(result[name]) == set(train.METRICS)
+    assert result["cost"]["ensemble"] == {"parameters": 3 * 3_229_738, "bases": 3}
+    assert result["cost"]["test"]["bases"] == 1.8  # all ten classes, four vehicles, four animals
     base = json.loads((tmp_path / "a" / expert.format("") / "seed1.json").read_text())
     assert abs(result["base"]["accuracy"] - base["test"]["accuracy"]) < 1e-9
 

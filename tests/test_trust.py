@@ -354,8 +354,8 @@ VALUES = ["0", "1", "2", "-1", "0.5", "1e9", "nan", "inf", "", " ", "ż", "cat,d
 OPTIONS = {
     "train": "arch aug data fraction classes epochs batch-size lr optimizer momentum weight-decay dropout pretrained seed "
     "device amp no-graph checkpoint-every force colour stem schedule label-smoothing tta",
-    "fewshot": "data fraction classes way shot query episodes lr optimizer momentum weight-decay seed device amp force",
-    "moe": "animals train-adapters data fraction epochs batch-size lr optimizer dropout classes seed device amp colour",
+    "fewshot": "method schedule data fraction classes way shot query episodes lr optimizer momentum weight-decay seed device amp force",
+    "moe": "animals train-adapters adapter-width data fraction epochs batch-size lr optimizer dropout classes seed device amp colour",
     "data": "data fraction classes help",
 }
 
