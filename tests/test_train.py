@@ -101,11 +101,17 @@ def test_five_epochs_learn_the_synthetic_set(run, tmp_path):
     assert [entry["epoch"] for entry in result["history"]] == [1, 2, 3, 4, 5]
 
 
+EVERYTHING = "flip+rotation+crop+jitter+autoaugment+cutout+translate"
+
+
 @pytest.mark.parametrize(
     ("arch", "aug"),
     [
-        *((arch, "flip+rotation+crop+jitter+autoaugment+cutout") for arch in train.models.ARCHITECTURES),
         ("custom", "hybrid"),
+        ("custom", EVERYTHING),
+        ("resnet18", EVERYTHING),
+        pytest.param("densenet121", EVERYTHING, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b0", EVERYTHING, marks=pytest.mark.slow),
     ],
 )
 def test_same_command_twice_gives_the_same_bits(arch, aug, tiny, run, tmp_path):
