@@ -12,6 +12,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -49,7 +50,7 @@ GROUPS = {
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
-CACHE_VERSION = 2  # part of every cache's name: raise it when decoding changes
+CACHE_VERSION = 3  # part of every cache's name: raise it when decoding changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its links before: tried in turn.
 CINIC10_SIZE, CINIC10_MD5 = 687_544_992, "6ee4d0c996905fe93221de577967a372"
@@ -77,6 +78,7 @@ class Dataset(NamedTuple):
     mean: tuple  # of 3 floats: mean of a channel over the train split, pixels in [0, 1]
     std: tuple
     cache: Path | None  # where it is memory-mapped from
+    fingerprint: str  # of all images and labels, in their order: 16 hexadecimal digits of a SHA-256
 
 
 def load(data="cinic10", root="data", fraction=1.0, classes=None):
@@ -115,14 +117,14 @@ def to_device(split, device):
     return Split(split.images.to(device), split.labels.to(device))
 
 
-def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoch=0):
+def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoch=0, steps=None):
     """One epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
 
     streams: lists of functions (uint8 images, generator) -> uint8 images; every image goes once through
     each stream, so that an epoch has len(streams) * N images. seed: shuffle, by seed and epoch alone; None
-    keeps the order. The last batch may be short.
+    keeps the order. The last batch may be short. steps: so many batches in place of one pass.
     """
-    order, bounds = plan(len(split.labels) * len(streams), batch_size, seed, epoch)
+    order, bounds = plan(len(split.labels) * len(streams), batch_size, seed, epoch, steps)
     chunks = _chunks(split, order, mean, std, device, streams, seed, epoch)
     images = labels = torch.empty(
         0
@@ -179,12 +181,19 @@ def _gathered(split, chunks, device):
                 yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def plan(total, batch_size, seed=None, epoch=0):
-    """An epoch's order, int64 (total,), by seed and epoch alone (seed None keeps it), and the bounds of its batches."""
+def plan(total, batch_size, seed=None, epoch=0, steps=None):
+    """An epoch's order, int64 (N,), by seed and epoch alone (seed None keeps it), and the bounds of its batches.
+    steps: that many whole batches, from as many passes in random order as they take."""
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    order = torch.arange(total) if seed is None else torch.randperm(total, generator=generator)
-    bounds = [*range(0, total, batch_size), total]
-    if seed is not None and len(bounds) > 2 and total - bounds[-2] == 1:
+    passes = 1 if steps is None else math.ceil(steps * batch_size / total)
+    if seed is None:
+        order = torch.arange(total)
+    else:
+        order = torch.cat([torch.randperm(total, generator=generator) for _ in range(passes)])
+    if steps is not None:
+        order = order[: steps * batch_size]
+    bounds = [*range(0, len(order), batch_size), len(order)]
+    if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] == 1:
         # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
         del bounds[-2]
     return order, bounds
@@ -344,13 +353,16 @@ def _make_cache(folder, key, make):
 
 def make_arrays(folder, classes, splits):
     """Write a cache folder. splits: {name: (number, iterator over (images, labels) blocks)}."""
+    digest = hashlib.sha256()
     for split, (count, blocks) in splits.items():
         histogram, labels, progress = 0, [], Progress(f"decoding {split}", count)
         with open(folder / f"{split}-images.npy", "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, SIZE, SIZE)}
             np.lib.format.write_array_header_1_0(file, header)
             for images, block_labels in blocks:
-                file.write(np.ascontiguousarray(images))
+                images = np.ascontiguousarray(images)
+                file.write(images)
+                digest.update(images)
                 labels.append(block_labels)
                 if split == "train":
                     histogram = histogram + _histogram(torch.from_numpy(images))
@@ -358,11 +370,14 @@ def make_arrays(folder, classes, splits):
             progress.clear()
             file.flush()
             os.fsync(file.fileno())
-        np.save(folder / f"{split}-labels.npy", np.concatenate(labels).astype(np.int64))
+        labels = np.concatenate(labels).astype(np.int64)
+        np.save(folder / f"{split}-labels.npy", labels)
+        digest.update(labels)
         if split == "train":
             mean, std = _mean_and_std(histogram)
     checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.npy"))}
-    meta = json.dumps({"classes": list(classes), "mean": mean, "std": std, "checksums": checksums})
+    meta = {"classes": list(classes), "mean": mean, "std": std, "fingerprint": digest.hexdigest()[:16]}
+    meta = json.dumps({**meta, "checksums": checksums})
     (folder / "meta.json").write_text(f"{hashlib.sha256(meta.encode()).hexdigest()}\n{meta}")
 
 
@@ -392,7 +407,8 @@ def _open_cache(folder, name):
         return Split(array(f"{part}-images.npy"), array(f"{part}-labels.npy"))
 
     splits = {part: split(part) for part in SPLITS}
-    return Dataset(name, tuple(meta["classes"]), **splits, mean=meta["mean"], std=meta["std"], cache=folder)
+    rest = {key: meta[key] for key in ("mean", "std", "fingerprint")}
+    return Dataset(name, tuple(meta["classes"]), **splits, **rest, cache=folder)
 
 
 def mapped(path):
@@ -741,7 +757,11 @@ def synthetic(counts=(2000, 500, 1000)):
         labels = torch.arange(count) % len(CLASSES)
         splits.append(Split(_draw(labels, generator), labels))
     mean, std = _mean_and_std(_histogram(splits[0].images))
-    return Dataset("synthetic", CLASSES, *splits, mean=mean, std=std, cache=None)
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(*splits):
+        digest.update(tensor.numpy())
+    fingerprint = digest.hexdigest()[:16]
+    return Dataset("synthetic", CLASSES, *splits, mean=mean, std=std, cache=None, fingerprint=fingerprint)
 
 
 def _draw(labels, generator):

@@ -61,6 +61,7 @@ TAGS = {
     "fraction": lambda value: f"p{value!r}",
     "epochs": lambda value: f"epochs{value}",
     "batch_size": lambda value: f"batch{value}",
+    "steps_per_epoch": lambda value: f"steps{value}",
     "lr": lambda value: f"lr{value!r}",
     "optimizer": lambda value: value,
     "momentum": lambda value: f"momentum{value!r}",
@@ -322,14 +323,20 @@ def train(args, seed, dataset, device, checkpoint):
     streams = augment.parse(args.aug, dataset.mean)
     evaluation_batch = EVALUATION_BATCH.get(device.type, EVALUATION_BATCH["cuda"])
 
+    images = len(dataset.train.labels) * len(streams)
+    if args.steps_per_epoch:
+        images = args.steps_per_epoch * args.batch_size
+
     def batches(split, size, *shuffle):
         return data.batches(split, size, dataset.mean, dataset.std, device, *shuffle)
 
     history = fit(
         *(model, args, seed, len(dataset.classes), device, checkpoint),
-        counts=[len(dataset.train.labels) * len(streams)] * args.epochs,
+        counts=[images] * args.epochs,
         batch_size=args.batch_size,
-        train_batches=lambda epoch: batches(dataset.train, args.batch_size, streams, seed, epoch),
+        train_batches=lambda epoch: batches(
+            dataset.train, args.batch_size, streams, seed, epoch, args.steps_per_epoch
+        ),
         valid_batches=lambda: batches(dataset.valid, evaluation_batch),
     )
     autocast, _ = mixed_precision(args, device)
@@ -702,7 +709,8 @@ def load_data(args, device):
 def run_seed(args, seed, path, dataset, device, train_one):
     """One seed of a run, from its checkpoint if there is one: writes and returns the result."""
     settings = {key: value for key, value in vars(args).items() if key not in UNIMPORTANT}
-    checkpoint, first = Checkpoint(path.with_suffix(".ckpt"), {**settings, "seed": seed}), Workers().rank == 0
+    settings |= {"seed": seed, "fingerprint": dataset.fingerprint}
+    checkpoint, first = Checkpoint(path.with_suffix(".ckpt"), settings), Workers().rank == 0
     if args.force and first:
         checkpoint.remove()
     print(f"\n{path.parent.name} seed {seed} on {device} -> {path}", flush=True)
@@ -729,8 +737,13 @@ def run_seed(args, seed, path, dataset, device, train_one):
             **{part: len(getattr(dataset, part).labels) for part in data.SPLITS},
             "mean": dataset.mean,
             "std": dataset.std,
+            "fingerprint": dataset.fingerprint,
         },
-        "environment": {**environment(device), "dtype": str(dtype).removeprefix("torch.")},
+        "environment": {
+            **environment(device),
+            "dtype": str(dtype).removeprefix("torch."),
+            "processes": Workers().number,
+        },
         **outcome,
         "seconds": sum(entry["seconds"] for entry in outcome["history"]),
         "peak_memory_bytes": peak_memory_bytes(device),
@@ -868,6 +881,8 @@ def parse_arguments(argv=None):
     group.add_argument("--stem", default="imagenet", choices=("imagenet", "small"), help="of torchvision's networks; small: "
                        "a 3x3 convolution of stride 1 and no max-pool, for 32x32 images (default: %(default)s)")  # fmt: skip
     add_training_arguments(parser)
+    parser.add_argument("--steps-per-epoch", type=number(int, 0), metavar="N", help="batches in an epoch (default: one pass "
+                        "over the data); more repeat it, for small fractions")  # fmt: skip
     group = parser.add_argument_group("test")
     group.add_argument("--tta", default="none", choices=("none", "flip"), help="flip: test the mean over each image and its "
                        "mirror image too, beside the plain test (default: %(default)s)")  # fmt: skip
