@@ -286,7 +286,9 @@ def test_result_file_skip_and_force(run, tmp_path):
     assert result["config"]["seed"] == 2 and result["config"]["lr"] == 0.001
     assert result["data"]["classes"] == ["cat", "dog"]
     assert [result["data"][split] for split in data.SPLITS] == [40, 100, 200]
-    assert set(result["environment"]) == {"python", "torch", "torchvision", "device", "commit", "dtype"}
+    environment = {"python", "torch", "torchvision", "device", "commit", "dtype", "processes"}
+    assert set(result["environment"]) == environment
+    assert result["data"]["fingerprint"] == data.synthetic().fingerprint
     assert set(result["history"][0]) == {"epoch", "train", "valid", "seconds", "images_per_second"}
     for metrics in (result["test"], result["history"][1]["train"], result["history"][1]["valid"]):
         assert set(metrics) == set(train.METRICS)
