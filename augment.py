@@ -534,7 +534,7 @@ def main():
 
     import data  # only for this script's own pictures: the rest of the file stands alone
 
-    parser = data.new_parser(__doc__)
+    parser = data.runs.new_parser(__doc__)
     data.add_arguments(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("figures/augmentation.png"), help="(default: %(default)s)"
@@ -558,6 +558,6 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import command_line
+    from runs import command_line
 
     command_line(main)

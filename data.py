@@ -33,10 +33,7 @@ import numpy as np
 import torch
 from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
 
-try:
-    import fcntl
-except ImportError:  # Windows has none, and so no locks
-    fcntl = None
+import runs
 
 SIZE = 32  # pixels a side
 CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
@@ -117,18 +114,17 @@ def to_device(split, device):
     return Split(split.images.to(device), split.labels.to(device))
 
 
-def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoch=0, steps=None):
+def batches(split, dataset, device, plan, streams=((),), key=()):
     """One epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
 
-    streams: lists of functions (uint8 images, generator) -> uint8 images; every image goes once through
-    each stream, so that an epoch has len(streams) * N images. seed: shuffle, by seed and epoch alone; None
-    keeps the order. The last batch may be short. steps: so many batches in place of one pass.
+    plan: the order and bounds of `plan`, for len(streams) * N images. streams: lists of functions (uint8 images,
+    generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which augmentation
+    depends. dataset: whose mean and std normalise.
     """
-    order, bounds = plan(len(split.labels) * len(streams), batch_size, seed, epoch, steps)
-    chunks = _chunks(split, order, mean, std, device, streams, seed, epoch)
-    images = labels = torch.empty(
-        0
-    )  # made and not handed out yet; the first of them is at `first` in the epoch
+    order, bounds = plan
+    chunks = _chunks(split, order, dataset, device, streams, key)
+    # drawn and not handed out yet; the first of them is number `first` of the epoch
+    images = labels = torch.empty(0)
     first = 0
     for start, end in itertools.pairwise(bounds):
         while first + len(labels) < end:
@@ -141,20 +137,18 @@ def batches(split, batch_size, mean, std, device, streams=((),), seed=None, epoc
         yield images[start - first : end - first], labels[start - first : end - first]
 
 
-def _chunks(split, order, mean, std, device, streams, seed, epoch):
+def _chunks(split, order, dataset, device, streams, key):
     """Yield CHUNK images at a time, augmented and normalised, in `order`. Random numbers are drawn on the CPU, for
-    BLOCK images at a time, by seed, epoch and place: so that batch size, CHUNK and device change none of them."""
-    scale, shift = scale_and_shift(mean, std, device)
+    BLOCK images at a time, and depend only on key and place: batch size, CHUNK and device change none of them."""
     count, blocks = len(split.labels), itertools.count()
     places = order.split(CHUNK)  # below, place // count is the number of an image's stream
     gathered = _gathered(split, (some % count for some in places), device)
     for some, (images, labels) in zip(places, gathered, strict=True):
         if any(streams):
             pairs = zip(images.split(BLOCK), (some // count).split(BLOCK), strict=True)
-            parts = [_augment(*pair, streams, seed_from(seed, epoch, next(blocks))) for pair in pairs]
+            parts = [_augment(*pair, streams, seed_from(*key, next(blocks))) for pair in pairs]
             images = parts[0] if len(parts) == 1 else torch.cat(parts)
-        images = images.contiguous(memory_format=torch.channels_last)
-        yield images.float().mul_(scale).add_(shift), labels
+        yield normalise(images, dataset), labels
 
 
 def _gathered(split, chunks, device):
@@ -169,7 +163,7 @@ def _gathered(split, chunks, device):
 
     if split.images.device.type != "cpu":
         for rows in chunks:
-            rows = rows.to(split.images.device)
+            rows = upload(rows, split.images.device)
             yield split.images[rows], split.labels[rows]
         return
     with ThreadPoolExecutor(1) as reader:
@@ -199,23 +193,38 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
     return order, bounds
 
 
-def scale_and_shift(mean, std, device):
-    """float32 (3, 1, 1) each: bytes * scale + shift have mean 0 and standard deviation 1 in each channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(3, 1, 1)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device).view(3, 1, 1)
-    return scale, shift
+def normalise(images, dataset):
+    """uint8 (N, 3, H, W) to float32, channels_last, with mean 0 and standard deviation 1 in each channel."""
+    scale, shift = (torch.empty(3, 1, 1) for _ in range(2))
+    for channel, (mean, std) in enumerate(zip(dataset.mean, dataset.std, strict=True)):
+        scale[channel], shift[channel] = 1 / (255 * std), -mean / std
+    scale, shift = upload(torch.stack([scale, shift]), images.device)
+    return images.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift)
+
+
+def upload(tensor, device):
+    """The tensor on a device, without device synchronization."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _augment(images, numbers, streams, seed):
     """Pass each image through its stream. numbers: int64 (N,) on the CPU."""
     generator = torch.Generator().manual_seed(seed)
-    for number, stream in enumerate(streams):
-        selected = numbers == number
-        rows = None if selected.all() else selected.nonzero()[:, 0].to(images.device)
-        part = images if rows is None else images[rows]
-        for augmentation in stream:
-            part = augmentation(part, generator)
-        images = part if rows is None else images.index_copy_(0, rows, part)
+    if len(streams) == 1:
+        return _pass(images, streams[0], generator)
+    order = numbers.argsort(stable=True)
+    rows, back = upload(torch.stack([order, order.argsort()]), images.device)
+    counts = torch.bincount(numbers, minlength=len(streams)).tolist()
+    groups = images.index_select(0, rows).split(counts)
+    parts = [
+        _pass(group, stream, generator) for group, stream in zip(groups, streams, strict=True) if len(group)
+    ]
+    return torch.cat(parts).index_select(0, back)
+
+
+def _pass(images, stream, generator):
+    for augmentation in stream:
+        images = augmentation(images, generator)
     return images
 
 
@@ -224,30 +233,9 @@ def seed_from(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
-class Progress:
-    """A line on a terminal that says how far we are; silent when standard error is not a terminal."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.done = what, total, 0
-        self.started = self.drawn = time.monotonic()
-
-    def __call__(self, count):
-        self.done += count
-        now = time.monotonic()
-        if now - self.drawn > 0.2 and sys.stderr.isatty():
-            self.drawn = now
-            rate = self.done / (now - self.started)
-            left = f"{rate:,.0f}/s, {(self.total - self.done) / rate:.0f} s left"
-            print(
-                f"\r{self.what}: {self.done:,}/{self.total:,}, {left}\033[K",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def clear(self):
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def named(args):
+    """The arguments by name, with --data as a run's name shows it."""
+    return {**vars(args), "data": key(args.data)}
 
 
 # Parts of a set
@@ -328,13 +316,13 @@ def _load_cached(root, key, name, source, make):
     digest = hashlib.sha256(f"{CACHE_VERSION} {source}".encode()).hexdigest()[:16]
     folder = root / "cache" / f"{key}-{digest}"
     if not (folder / "meta.json").is_file():
-        with alone(root / "cache" / f".{folder.name}.lock"):
+        with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
             _make_cache(folder, key, make)
     try:
         return _open_cache(folder, name)
     except Damaged as damage:
         print(f"{damage}: the images are decoded again")
-        with alone(root / "cache" / f".{folder.name}.lock"):
+        with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
             shutil.rmtree(folder)
             _make_cache(folder, key, make)
         return _open_cache(folder, name)
@@ -355,7 +343,7 @@ def make_arrays(folder, classes, splits):
     """Write a cache folder. splits: {name: (number, iterator over (images, labels) blocks)}."""
     digest = hashlib.sha256()
     for split, (count, blocks) in splits.items():
-        histogram, labels, progress = 0, [], Progress(f"decoding {split}", count)
+        histogram, labels, progress = 0, [], runs.Progress(f"decoding {split}", count)
         with open(folder / f"{split}-images.npy", "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, SIZE, SIZE)}
             np.lib.format.write_array_header_1_0(file, header)
@@ -435,34 +423,6 @@ def _checksum(path):
     whole = len(words) // 4096 * 4096
     sums = words[:whole].view(np.uint64).reshape(-1, 512).sum(1)
     return hashlib.sha256(sums.tobytes() + words[whole:].tobytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Inside, no other process is: it waits here until this one has left, or died. path: a file to lock.
-
-    Over a shared folder too, if its file system has locks; where there are none, nobody waits, which wastes work and
-    harms nothing, since every file is put in place whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while fcntl:
-        lock = open(path, "a")  # noqa: SIM115 (held open to the end)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process that holds {path}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            break
-        lock.close()  # the one before removed it in the meantime
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        if fcntl:
-            lock.close()
 
 
 @contextlib.contextmanager
@@ -643,7 +603,7 @@ def _load_cinic10(root):
             except Damaged as damage:
                 print(f"{damage}: CINIC-10 is fetched again")
         tree = trees[0]
-        with alone(root / ".cinic10.lock"):
+        with runs.exclusive(root / ".cinic10.lock"):
             if not tree.is_dir():  # else another process has fetched it while this one waited
                 _unpack(_download_cinic10(root), tree)
     return _load_folder(tree, root, "cinic10", "cinic10")
@@ -704,7 +664,7 @@ def _unpack(archive, folder):
     """Unpack into a temporary folder that gets its name when complete. Raises RuntimeError for a member that
     would leave it (absolute, .., a link out, a device), and for an archive that is no such data set."""
     with _temporary_folder(folder.parent) as temporary:
-        progress = Progress(f"unpacking {archive.name}", 270_033)  # images and their folders
+        progress = runs.Progress(f"unpacking {archive.name}", 270_033)  # images and their folders
 
         def members(tar):
             for member in tar:
@@ -846,77 +806,12 @@ def _fraction(text):
     raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM has come."""
-
-
-class Signals:
-    """SIGINT and SIGTERM raise Stopped; inside `with Signals.held()`, not before its end."""
-
-    depth, come = 0, None
-
-    @classmethod
-    def handle(cls, number, _):
-        cls.come = number
-        if not cls.depth:
-            raise Stopped(number)
-
-    @classmethod
-    @contextlib.contextmanager
-    def held(cls):
-        cls.depth += 1
-        try:
-            yield
-        finally:
-            cls.depth -= 1
-        if cls.come and not cls.depth:
-            raise Stopped(cls.come)
-
-
-def command_line(main):
-    """Run a script's main; what goes wrong becomes one line on standard error: exit status 2 for a wrong
-    argument (ValueError), 1 for anything else that a user can mend, 130 and 143 for SIGINT and SIGTERM.
-    TRACEBACK=1 shows where it came from."""
-    name = Path(sys.argv[0]).name
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Signals.handle)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be any bytes
-    sys.stderr.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except Stopped as stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        text = f"stopped by {signal.Signals(stop.args[0]).name}: the same command goes on from the last whole epoch"
-        print(f"{name}: {text}", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{name}: error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-
-
-def new_parser(doc):
-    """A parser whose help begins with a script's docstring, and whose errors are ValueErrors."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-
-    def error(message):
-        raise ValueError(f"{message} (--help lists what there is)")
-
-    parser.error = error
-    return parser
-
-
 def main():
-    parser = new_parser(__doc__)
+    parser = runs.new_parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args()
     print(describe(load(args.data, args.root, args.fraction, args.classes)))
 
 
 if __name__ == "__main__":
-    command_line(main)
+    runs.command_line(main)

@@ -3,15 +3,13 @@
     python fewshot.py --fraction 0.01 --seed 1 2 3
     python fewshot.py --data synthetic --fraction 0.1 --episodes 300
     python fewshot.py --fraction 0.001 --query 2 --shot 5 --way 5
-    python fewshot.py --fraction 0.01 --method labels        # beyond the slides: far more accurate
 
-An episode draws `way` classes; of each, `shot` support images make a prototype, the mean of their embeddings,
-and `query` other images, flipped and autoaugmented, are told apart by their distance to the prototypes. At the
-end every image of the fraction is embedded, each class is split into sub-prototypes by k-means, and the whole test
-split goes to the nearest.
+An episode draws `way` classes; of each, `shot` support images make a prototype, the mean of their embeddings, and
+`query` other images, flipped and autoaugmented, are classified by their distance to the prototypes. At the end every
+image of the fraction is embedded, each class is split into sub-prototypes by k-means, and every test image gets the
+class of the nearest one. More accurate on the same images, and beyond the slides: train.py with a schedule,
 
-`--method labels` trains a larger embedding to tell all classes apart at once, and then gives each class one prototype.
-It sees the images and labels of the fraction, and nothing else.
+    python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300
 """
 
 import torch
@@ -21,15 +19,15 @@ from torch.nn import functional as F
 import augment
 import data
 import models
+import runs
 import train
 
 # Query images a class in an episode, for the fractions of the slides; other fractions take that of the next below
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
-BLOCK = 100  # episodes drawn and augmented at a time, a line of the history, and a checkpoint
+EPOCH = 100  # episodes drawn and augmented together: an epoch of the history
 VALIDATION_EPISODES = 600
-SUB_PROTOTYPES = {"episodes": 3, "labels": 1}  # a class, at the end; one is what training on labels aims at
-LABELLED_BATCH = 32  # images in a step of training on labels
-SHARPNESS = 10.0  # logits are so many times a cosine: those of Chen et al. are learned, and end at about that
+SUB_PROTOTYPES = 3  # a class, at the end
+KMEANS_STEPS = 300  # at most, of a start
 BATCH = 256  # images embedded at a time outside of episodes
 
 
@@ -51,30 +49,18 @@ def draw_episodes(labels, count, way, shot, query, generator):
     return classes, rows[classes].gather(2, lots.topk(shot + query, dim=2).indices)
 
 
-def check_sizes(labels, args, names):
-    """Raise ValueError if a class cannot fill an episode; it says which fraction would do."""
-    sizes = torch.bincount(labels, minlength=len(names))
+def check_sizes(split, name, args, classes):
+    """Raise ValueError if a class of a split cannot fill an episode."""
+    sizes = torch.bincount(split.labels.cpu(), minlength=len(classes))
     smallest = int(sizes.argmin())
     if sizes[smallest] < args.shot + args.query:
-        fraction = enough(args)
-        remedy = f"--fraction {fraction} would do, or " if fraction else ""
         raise ValueError(
-            f"class {names[smallest]} has {sizes[smallest]} images, and an episode takes {args.shot} + {args.query}: "
-            f"{remedy}lower --shot or --query"
+            f"class {classes[smallest]} has {sizes[smallest]} images in {name}, and an episode takes --shot {args.shot} "
+            f"and --query {args.query}: lower them{' or raise --fraction' if name == 'train' and args.fraction < 1 else ''}"
         )
 
 
-def enough(args):
-    """The smallest fraction, in steps of 0.001, with images for an episode; None if even the whole split has not."""
-    sizes = torch.bincount(data.load(args.data, args.root, 1.0, args.classes).train.labels)
-    for fraction in (step / 1000 for step in range(1, 1001)):
-        query = queries(fraction) if args.query == queries(args.fraction) else args.query
-        if min(fraction * sizes.sum() / len(sizes), sizes.min()) >= args.shot + query:
-            return fraction
-    return None
-
-
-def queries(fraction):
+def default_query(fraction):
     """How many query images a class the slides have at a fraction."""
     return next((q for p, q in reversed(QUERIES.items()) if p <= fraction), QUERIES[0.001])
 
@@ -101,52 +87,20 @@ def episode_logits(embeddings, way, shot):
     return -(query[:, None] - prototypes).square().sum(2)
 
 
-def episodes(split, dataset, args, count, device, generator, streams):
+def episodes(run, count, generator, stream):
     """Yield (images, labels) of each of `count` episodes: float (way * (shot + query), 3, H, W), support first; int64
-    (way * query,), each query's place among the episode's classes. Queries go through the stream of augmentations,
-    all episodes' at once."""
+    (way * query,), each query's place among the episode's classes. The stream of augmentations is applied to the queries
+    of all episodes at once."""
+    args, split = run.args, run.dataset.train
     _, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
-    where = split.images.device
-    support = split.images[rows[:, :, : args.shot].flatten().to(where)].to(device)
-    query = split.images[rows[:, :, args.shot :].flatten().to(where)].to(device)
-    for augmentation in streams[0]:
+    rows = data.upload(rows, split.images.device)
+    support = split.images[rows[:, :, : args.shot].flatten()].to(run.device)
+    query = split.images[rows[:, :, args.shot :].flatten()].to(run.device)
+    for augmentation in stream:
         query = augmentation(query, generator)
-    scale, shift = data.scale_and_shift(dataset.mean, dataset.std, device)
-    labels = torch.arange(args.way, device=device).repeat_interleave(args.query)
+    labels = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
     for parts in zip(support.chunk(count), query.chunk(count), strict=True):
-        images = torch.cat(parts).contiguous(memory_format=torch.channels_last)
-        yield images.float().mul_(scale).add_(shift), labels
-
-
-# Labels
-
-
-class Labelled(torch.nn.Module):
-    """An embedding and a direction for each class: logits are cosines, so that the classes' means will do as prototypes.
-    Chen et al., 2019, arXiv:1904.04232 (Baseline++).
-
-    images: float (N, 3, H, W). Returns float (N, classes).
-    """
-
-    def __init__(self, embedding, width, classes):
-        super().__init__()
-        self.embedding, self.directions = embedding, torch.nn.Parameter(torch.randn(classes, width))
-
-    def forward(self, images):
-        return SHARPNESS * F.linear(self.embedding(images), F.normalize(self.directions, dim=1))
-
-
-def labelled_batches(split, dataset, count, device, generator, streams):
-    """Yield `count` batches of augmented (images, labels): every image of the split once, in random order, then again."""
-    total, size = count * LABELLED_BATCH, len(split.labels)
-    orders = [torch.randperm(size, generator=generator) for _ in range(-(-total // size))]
-    rows = torch.cat(orders)[:total].to(split.images.device)
-    images, labels = split.images[rows].to(device), split.labels[rows].to(device)
-    for augmentation in streams[0]:
-        images = augmentation(images, generator)
-    scale, shift = data.scale_and_shift(dataset.mean, dataset.std, device)
-    for part, true in zip(images.split(LABELLED_BATCH), labels.split(LABELLED_BATCH), strict=True):
-        yield part.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift), true
+        yield data.normalise(torch.cat(parts), run.dataset), labels
 
 
 # Test: sub-prototypes
@@ -154,21 +108,23 @@ def labelled_batches(split, dataset, count, device, generator, streams):
 
 def kmeans(points, clusters, generator, starts=10):
     """Centres, float (k, D), of k = min(clusters, N) clusters of points, float (N, D), and their inertia: the best of
-    ten starts by k-means++ (Arthur and Vassilvitskii, 2007), each followed by Lloyd's steps to the end."""
+    ten starts by k-means++ (Arthur and Vassilvitskii, 2007), each followed by at most KMEANS_STEPS of Lloyd's."""
     clusters, best = min(clusters, len(points)), (None, torch.inf)
     for _ in range(starts):
         centres = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
         while len(centres) < clusters:
             nearest = torch.cdist(points, centres).square().amin(1).cpu()
-            chances = nearest if nearest.sum() > 0 else torch.ones(len(points))
-            chosen = torch.multinomial(chances, 1, generator=generator).to(points.device)
+            probabilities = nearest if nearest.sum() > 0 else torch.ones(len(points))
+            chosen = torch.multinomial(probabilities, 1, generator=generator).to(points.device)
             centres = torch.cat([centres, points[chosen]])
-        before, members = None, torch.cdist(points, centres).argmin(1)
-        while before is None or not torch.equal(members, before):
+        members = torch.cdist(points, centres).argmin(1)
+        for _ in range(KMEANS_STEPS):
             belongs = F.one_hot(members, clusters).to(points.dtype)  # (N, k)
             sizes = belongs.sum(0)[:, None]
             centres = torch.where(sizes > 0, belongs.T @ points / sizes.clamp(min=1), centres)
             before, members = members, torch.cdist(points, centres).argmin(1)
+            if torch.equal(members, before):
+                break
         inertia = torch.cdist(points, centres).square().amin(1).sum().item()
         if inertia < best[1]:
             best = (centres, inertia)
@@ -176,11 +132,12 @@ def kmeans(points, clusters, generator, starts=10):
 
 
 @torch.no_grad()
-def embed(model, split, dataset, device, autocast):
+def embed(run, model, split):
     """Embeddings of a whole split, float (N, 64), without augmentation."""
+    autocast, _ = train.mixed_precision(run)
     model.eval()
     parts = []
-    for images, _ in data.batches(split, BATCH, dataset.mean, dataset.std, device):
+    for images, _ in data.batches(split, run.dataset, run.device, data.plan(len(split.labels), BATCH)):
         with autocast:
             parts.append(model(images))
     return torch.cat(parts)
@@ -200,125 +157,111 @@ def classify(embeddings, labels, points, owners, num_classes):
 # A run
 
 
-def train_embedding(args, seed, dataset, device, checkpoint):
-    """Train on episodes or labels, then test. Returns weights and the run's part of a result file."""
-    labelled = args.method == "labels"
-    for split in (dataset.valid,) if labelled else (dataset.train, dataset.valid):
-        check_sizes(split.labels.cpu(), args, dataset.classes)
-    torch.manual_seed(seed)
-    if labelled:
-        model, classes, batch_size = models.ConvEmbedding(), len(dataset.classes), LABELLED_BATCH
-        network = Labelled(model, 256, classes)
-        streams = augment.parse("flip+translate+autoaugment")
-    else:
-        model, classes, batch_size = models.FewShotEmbedding(), args.way, args.way * (args.shot + args.query)
-        network = Prototypes(model, args.way, args.shot)
-        streams = augment.parse("flip+autoaugment")
-    network = network.to(device, memory_format=torch.channels_last)
-    print(f"embedding: {train.describe_model(model, args, device)}")
-    blocks = [min(BLOCK, args.episodes - start) for start in range(0, args.episodes, BLOCK)]
+def train_embedding(run):
+    """Train on episodes, then test. Returns weights and the run's part of a result file."""
+    args, dataset = run.args, run.dataset
+    for name in ("train", "valid"):
+        check_sizes(getattr(dataset, name), name, args, dataset.classes)
+    torch.manual_seed(run.seed)
+    model = models.FewShotEmbedding()
+    network = Prototypes(model, args.way, args.shot).to(run.device, memory_format=torch.channels_last)
+    print(f"embedding: {train.describe(model, run)}; an epoch is {EPOCH} episodes")
+    (stream,) = augment.parse("flip+autoaugment")
+    steps = [min(EPOCH, args.episodes - start) for start in range(0, args.episodes, EPOCH)]
 
-    def train_batches(block):
-        generator = torch.Generator().manual_seed(data.seed_from(seed, block, "episodes"))
-        given = (blocks[block - 1], device, generator, streams)
-        if labelled:
-            return labelled_batches(dataset.train, dataset, *given)
-        return episodes(dataset.train, dataset, args, *given)
+    def train_batches(epoch):
+        generator = torch.Generator().manual_seed(data.seed_from(run.seed, epoch, "episodes"))
+        return episodes(run, steps[epoch - 1], generator, stream)
 
-    history = train.fit(
-        *(network, args, seed, classes, device, checkpoint),
-        counts=[count * batch_size for count in blocks],
-        batch_size=batch_size,
-        train_batches=train_batches,
-        unit=f"{BLOCK} {'batches' if labelled else 'episodes'}",
-    )
+    history = train.fit(run, network, args.way, steps, train_batches)
+    outcome = {"history": history, "episodes": validate(run, model), **test(run, model)}
+    show(outcome)
+    return {"arch": "fewshot", "state_dict": model.state_dict()}, outcome
 
-    autocast, _ = train.mixed_precision(args, device)
-    num_classes = len(dataset.classes)
-    labels = dataset.train.labels.to(device)
-    points, tests = (embed(model, part, dataset, device, autocast) for part in (dataset.train, dataset.test))
-    outcome = {"history": history, "episodes": validate(model, args, dataset, device, autocast)}
-    generator = torch.Generator().manual_seed(data.seed_from(seed, "kmeans"))
-    for name, clusters in (("test", SUB_PROTOTYPES[args.method]), ("one_prototype", 1)):
+
+def test(run, model):
+    """Metrics of the test split by three sub-prototypes a class, by one, and by the nearest training image."""
+    dataset, num_classes = run.dataset, len(run.dataset.classes)
+    points, tests = embed(run, model, dataset.train), embed(run, model, dataset.test)
+    labels, truth = (split.labels.to(run.device) for split in (dataset.train, dataset.test))
+    generator = torch.Generator().manual_seed(data.seed_from(run.seed, "kmeans"))
+    totals = {}
+    for name, clusters in (("test", SUB_PROTOTYPES), ("one_prototype", 1)):
         centres = [kmeans(points[labels == label], clusters, generator)[0] for label in range(num_classes)]
-        owners = torch.repeat_interleave(torch.tensor([len(c) for c in centres])).to(device)
-        totals = classify(tests, dataset.test.labels.to(device), torch.cat(centres), owners, num_classes)
-        outcome[name] = totals.metrics()
-        if name == "test":
-            outcome["confusion"] = totals.confusion.tolist()
-    totals = classify(tests, dataset.test.labels.to(device), points, labels, num_classes)
-    outcome["nearest_image"] = totals.metrics()
-    show(outcome, SUB_PROTOTYPES[args.method])
-    return model.state_dict(), outcome
+        owners = torch.repeat_interleave(torch.tensor([len(c) for c in centres])).to(run.device)
+        totals[name] = classify(tests, truth, torch.cat(centres), owners, num_classes)
+    totals["nearest_image"] = classify(tests, truth, points, labels, num_classes)
+    confusion = totals["test"].confusion.tolist()
+    return {**{name: total.metrics() for name, total in totals.items()}, "confusion": confusion}
 
 
-def validate(model, args, dataset, device, autocast):
+def validate(run, model):
     """Mean accuracy over episodes of the valid split, without augmentation, with its 95 % confidence interval."""
-    embeddings = embed(
-        model, dataset.valid, dataset, device, autocast
-    )  # once: they are the same in every episode
+    args, split = run.args, run.dataset.valid
+    embeddings = embed(run, model, split)  # once: they are the same in every episode
     generator = torch.Generator().manual_seed(data.seed_from("validation"))
     shape = (VALIDATION_EPISODES, args.way, args.shot, args.query)
-    _, rows = draw_episodes(dataset.valid.labels.cpu(), *shape, generator)
-    support, query = rows.to(device).split([args.shot, args.query], dim=2)
-    truth = torch.arange(args.way, device=device).repeat_interleave(args.query)
+    _, rows = draw_episodes(split.labels.cpu(), *shape, generator)
+    support, query = rows.to(run.device).split([args.shot, args.query], dim=2)
+    truth = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
     hits = []
     for of_support, of_query in zip(support, query, strict=True):
         parts = torch.cat([embeddings[of_support].flatten(0, 1), embeddings[of_query].flatten(0, 1)])
-        hits.append((episode_logits(parts, args.way, args.shot).argmax(1) == truth).double().mean())
-    hits = torch.stack(hits)
+        hits.append((episode_logits(parts, args.way, args.shot).argmax(1) == truth).sum())
+    hits = torch.stack(hits).cpu().double() / len(truth)
     interval = 1.96 * hits.std() / len(hits) ** 0.5
     return {"count": len(hits), "accuracy": hits.mean().item(), "confidence95": interval.item()}
 
 
-def show(outcome, clusters):
+def show(outcome):
     valid = outcome["episodes"]
-    print(
-        f"\n{valid['count']} validation episodes: accuracy {valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
-    )
-    rows = [
-        [name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)]
-        for name, key in (
-            *([(f"{clusters} sub-prototypes a class", "test")] if clusters > 1 else []),
-            ("1 prototype a class", "one_prototype"),
-            ("nearest training image", "nearest_image"),
-        )
-    ]
+    interval = f"{valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
+    print(f"\n{valid['count']} validation episodes: accuracy {interval}")
+    names = {
+        "test": f"{SUB_PROTOTYPES} sub-prototypes a class",
+        "one_prototype": "1 prototype a class",
+        "nearest_image": "nearest training image",
+    }
+    rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in names.items()]
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
 
-def parse_arguments(argv=None):
-    """The settings of a command line, and the name of its run."""
-    parser = data.new_parser(__doc__)
+def make_parser():
+    parser = runs.new_parser(__doc__)
+    data.add_arguments(parser)
     group = parser.add_argument_group("episodes")
-    count = train.number(int, 0)
-    group.add_argument("--way", type=train.number(int, 1), default=5, help="classes (default: %(default)s)")
-    group.add_argument("--shot", type=count, default=5, help="support images a class (default: %(default)s)")
-    group.add_argument("--query", type=count, help="query images a class (default: the slides', by fraction: "
-                       f"{', '.join(f'{q} at {p}' for p, q in QUERIES.items())})")  # fmt: skip
-    group.add_argument(
-        "--episodes", type=count, default=3000, help="or batches of labels (default: %(default)s)"
-    )
-    group.add_argument("--method", default="episodes", choices=SUB_PROTOTYPES, help="labels: train on all classes' labels, by "
-                       "default with --schedule onecycle (default: %(default)s)")  # fmt: skip
-    train.add_optimizer_arguments(parser)
-    train.add_run_arguments(parser)
-    parser.set_defaults(fraction=0.01, schedule=None)
-    args = parser.parse_args(argv)
-    train.check_optimizer(args)
-    args.query = args.query or queries(args.fraction)
-    schedule = "onecycle" if args.method == "labels" else "none"
-    args.schedule = args.schedule or schedule
-    recipe = {"fraction": args.fraction, "query": queries(args.fraction), "schedule": schedule}
-    name = train.run_name(
-        args, ("fewshot", f"p{args.fraction!r}"), lambda key: recipe.get(key, parser.get_default(key))
-    )
-    return args, name
+    add, count = group.add_argument, runs.number(int, 0)
+    slides = ", ".join(f"{q} at {p}" for p, q in QUERIES.items())
+    add("--way", type=runs.number(int, 1), default=5, help="classes (default: %(default)s)")
+    add("--shot", type=count, default=5, help="support images a class (default: %(default)s)")
+    add("--query", type=count, help=f"query images a class (default: the slides', by fraction: {slides})")
+    add("--episodes", type=count, default=3000, help="(default: %(default)s)")
+    train.add_training_arguments(parser)
+    runs.add_arguments(parser)
+    parser.set_defaults(fraction=0.01)
+    return parser
+
+
+def parse_arguments(argv=None):
+    args = make_parser().parse_args(argv)
+    train.check_arguments(args)
+    args.query = args.query or default_query(args.fraction)
+    return args
+
+
+def run_name(args):
+    defaults = vars(make_parser().parse_args([])) | {
+        "fraction": args.fraction,
+        "query": default_query(args.fraction),
+    }
+    return runs.run_name(("fewshot", f"p{args.fraction!r}"), data.named(args), defaults)
 
 
 def main():
-    train.run_seeds(*parse_arguments(), train_embedding)
+    args = parse_arguments()
+    name = run_name(args)
+    train.print_results(name, runs.run_seeds(args, name, train.load, train_embedding))
 
 
 if __name__ == "__main__":
-    data.command_line(main)
+    runs.command_line(main)

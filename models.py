@@ -11,12 +11,12 @@ import contextlib
 import os
 import pickle
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-ARCHITECTURES = ("custom", "resnet18", "densenet121", "efficientnet_b0")
 
 
 class CustomCNN(nn.Module):
@@ -55,73 +55,115 @@ class CustomCNN(nn.Module):
         return self.classifier(self.features(images))
 
 
+class Architecture(NamedTuple):
+    """A network of `build`."""
+
+    constructor: Callable | str  # called with (num_classes, dropout), or the name of a network of torchvision
+    head: str = ""  # of torchvision's, the submodule that is replaced: its first linear layer tells the number of features
+    stem: str = ""  # the first convolution
+    pool: str = ""  # the max-pool after it, if there is one
+
+
+ARCHITECTURES = {
+    "custom": Architecture(CustomCNN),
+    "resnet18": Architecture("resnet18", head="fc", stem="conv1", pool="maxpool"),
+    "densenet121": Architecture(
+        "densenet121", head="classifier", stem="features.conv0", pool="features.pool0"
+    ),
+    # its head includes 20 % dropout, which goes: the recipe has none
+    "efficientnet_b0": Architecture("efficientnet_b0", head="classifier", stem="features.0.0"),
+}
+
+
+def check(arch, dropout=0.0, pretrained=False, stem="imagenet"):
+    """Raise ValueError for options that the architecture does not have."""
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+    if isinstance(ARCHITECTURES[arch].constructor, str):
+        if dropout:
+            raise ValueError(f"--dropout: {arch} has no dropout setting, only custom does")
+        if pretrained and stem == "small":
+            raise ValueError("--pretrained: the weights belong to the ImageNet stem; leave --stem out")
+    elif pretrained:
+        raise ValueError(f"--pretrained: {arch} has no pretrained weights")
+    elif stem != "imagenet":
+        raise ValueError(
+            f"--stem: {arch} is made for 32x32 images; only torchvision's networks have another stem"
+        )
+
+
 def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
     """One of ARCHITECTURES, with `num_classes` outputs.
 
-    The three networks of torchvision get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is
-    frozen. pretrained: start them from torchvision's ImageNet weights (resnet18 and efficientnet_b0 did so on the
-    slides; all three use IMAGENET1K_V1). stem: `imagenet`, as it is, or `small`, for images of 32 pixels: a 3x3
-    first convolution of stride 1, and no max-pool behind it (He et al., 2016, section 4.2).
-    Raises ValueError for an option that the architecture does not have, RuntimeError if weights cannot be
-    fetched.
+    The networks of torchvision get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is frozen.
+    pretrained: start them from torchvision's ImageNet weights (resnet18 and efficientnet_b0 did so on the slides; all
+    use IMAGENET1K_V1). stem: `imagenet`, as it is, or `small`, for images of 32 pixels: a first convolution of 3x3
+    and stride 1, and no max-pool after it (He et al., 2016, section 4.2). Raises ValueError for an option that the
+    architecture does not have, RuntimeError if weights cannot be fetched.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
-    if arch == "custom":
-        if pretrained:
-            raise ValueError("custom has no pretrained weights: only " + ", ".join(ARCHITECTURES[1:]) + " do")
-        if stem == "small":
-            raise ValueError(
-                "custom has no small stem: its own is one; only " + ", ".join(ARCHITECTURES[1:]) + " do"
-            )
-        return CustomCNN(num_classes, dropout)
-    if dropout:
-        raise ValueError(f"{arch} has no dropout setting: only custom does, so leave dropout at 0")
-    if pretrained and stem == "small":
-        raise ValueError("a small stem has no pretrained weights: they are of the ImageNet stem")
-    # Here, since importing it takes over a second, and the custom network needs none of it
+    check(arch, dropout, pretrained, stem)
+    constructor, head, first, pool = ARCHITECTURES[arch]
+    if not isinstance(constructor, str):
+        return constructor(num_classes, dropout)
+    model = _from_torchvision(constructor, pretrained)
+    linear = next(layer for layer in model.get_submodule(head).modules() if isinstance(layer, nn.Linear))
+    model.set_submodule(
+        head,
+        nn.Sequential(nn.Linear(linear.in_features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes)),
+    )
+    if stem == "small":
+        convolution = model.get_submodule(first)
+        if convolution.kernel_size == (3, 3):
+            convolution.stride = (1, 1)
+        else:
+            model.set_submodule(first, _small_stem(convolution.out_channels))
+        if pool:
+            model.set_submodule(pool, nn.Identity())
+    return model
+
+
+def _from_torchvision(name, pretrained):
+    # Imported here: it takes over a second, and the custom network needs none of it
     from torchvision import models as torchvision_models
 
     weights = "IMAGENET1K_V1" if pretrained else None
     os.environ.setdefault(
         "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"
-    )  # torch.hub would run code out of a file of weights
+    )  # torch.hub would run code from a weights file
     try:
-        with contextlib.redirect_stderr(sys.stdout):  # what torch.hub says of a download is no error
-            model = torchvision_models.get_model(arch, weights=weights, progress=sys.stdout.isatty())
+        with contextlib.redirect_stderr(sys.stdout):  # torch.hub announces downloads there
+            return torchvision_models.get_model(name, weights=weights, progress=sys.stdout.isatty())
     except (
         OSError,
         RuntimeError,
         pickle.UnpicklingError,
     ) as error:  # no network; a file of another hash or kind
         print(flush=True)  # torch.hub leaves its line open
+        url = torchvision_models.get_model_weights(name)["IMAGENET1K_V1"].url
         raise RuntimeError(
-            f"the ImageNet weights of {arch} cannot be fetched ({error}): connect to the network, put the file "
-            "into $TORCH_HOME/hub/checkpoints, or train without pretrained weights"
+            f"the ImageNet weights of {name} cannot be fetched ({error}): connect to the network, put {url} into "
+            "$TORCH_HOME/hub/checkpoints (~/.cache/torch by default), or train without --pretrained"
         ) from error
-    if arch == "resnet18":
-        model.fc = _head(model.fc.in_features, num_classes)
-        if stem == "small":
-            model.conv1, model.maxpool = _small_stem(64), nn.Identity()
-    elif arch == "densenet121":
-        model.classifier = _head(model.classifier.in_features, num_classes)
-        if stem == "small":
-            model.features.conv0, model.features.pool0 = _small_stem(64), nn.Identity()
-    else:  # torchvision's own 20 % dropout before the last layer goes: the recipe has none
-        model.classifier = _head(model.classifier[-1].in_features, num_classes)
-        if stem == "small":
-            model.features[0][0].stride = (1, 1)
-    return model
+
+
+def load(path):
+    """The trained network of a `seed<k>.pt` that train.py saved, in eval mode on the CPU. Its attributes `classes` (names in
+    label order), `mean` and `std` (of each channel, pixels in [0, 1]) are those it was trained with. Raises ValueError
+    for a file of another kind."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        model = build(saved["arch"], len(saved["classes"]), stem=saved["stem"])
+        model.load_state_dict(saved["state_dict"])
+    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged, or not the weights of a network that train.py saved") from error
+    model.classes, model.mean, model.std = saved["classes"], saved["mean"], saved["std"]
+    return model.eval()
 
 
 def _small_stem(width):
     convolution = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
-
-
-def _head(features, num_classes):
-    return nn.Sequential(nn.Linear(features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes))
 
 
 class FewShotEmbedding(nn.Module):
@@ -158,20 +200,6 @@ class FewShotEmbedding(nn.Module):
         return F.normalize(self.fusion(both).float(), dim=1)
 
 
-class ConvEmbedding(nn.Module):
-    """The custom network's convolutions, averaged over the image, as an embedding.
-
-    images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 256). 1,126,944 parameters.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.features = CustomCNN().features
-
-    def forward(self, images):
-        return F.normalize(self.features(images).mean((2, 3)).float(), dim=1)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al., 2017, arXiv:1706.03762). tokens: float (N, T, width)."""
 
@@ -184,8 +212,8 @@ class SelfAttention(nn.Module):
     def forward(self, tokens):
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu":
-            # Written out, since the fused kernel is no faster in bf16 than in float32 there: 1.5 times the speed
+        if query.is_cuda or query.dtype == torch.bfloat16:
+            # Written out: the backward of CUDA's fused kernels is not deterministic; on a CPU in bf16, 1.5 times as fast
             weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (N, heads, T, T)
             mixed = weights.softmax(-1) @ value
         else:

@@ -1,8 +1,9 @@
-import argparse
 import json
 import shutil
+import types
 
 import numpy as np
+import pytest
 import torch
 from conftest import assert_same_bits
 
@@ -41,7 +42,7 @@ def test_with_a_width_of_512_the_mixture_is_as_large_as_three_bases():
     model, base = models.MixtureOfExperts(3, 10, True, 512), models.build("custom")
     assert model(torch.randn(2, 3, 4096)).shape == model(torch.randn(2, 3, 512)).shape == (2, 10)
     dataset = train.data.synthetic((40, 10, 10))
-    args, _ = moe.parse_arguments(["--train-adapters", "--adapter-width", "512", "--animals", "all"])
+    args = moe.parse_arguments(["--train-adapters", "--adapter-width", "512", "--animals", "all"])
     cost = moe.cost(args, [base] * 3, model, dataset)
     assert cost["test"]["bases"] == 2 and cost["test"]["parameters"] == 9_742_509
     assert 1 < cost["test"]["parameters"] / cost["ensemble"]["parameters"] < 1.01
@@ -49,7 +50,8 @@ def test_with_a_width_of_512_the_mixture_is_as_large_as_three_bases():
 
 def test_feature_batches_hold_every_row_once():
     inputs, labels = torch.arange(33.0).view(33, 1), torch.arange(33)
-    batches = list(moe.feature_batches(inputs, labels, 16, seed=1, epoch=2))
+    plan = train.data.plan(33, 16, seed=1, epoch=2)
+    batches = list(moe.feature_batches(inputs, labels, plan, torch.device("cpu")))
     assert [len(batch) for _, batch in batches] == [16, 17]
     assert sorted(torch.cat([batch for _, batch in batches]).tolist()) == list(range(33))
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
@@ -67,9 +69,7 @@ def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folde
     names = {expert.format(part) for part in ("", "only-vehicles-", "only-cat+deer+dog+horse-")}
     mixture = f"moe-{key}-epochs1"
     assert {path.name for path in (tmp_path / "a").iterdir()} == {*names, mixture}
-    before = {
-        path: torch.load(path, weights_only=True) for path in (tmp_path / "a").rglob("custom-*/seed*.pt")
-    }
+    before = {path: models.load(path).state_dict() for path in (tmp_path / "a").rglob("custom-*/seed*.pt")}
     result = json.loads((tmp_path / "a" / mixture / "seed1.json").read_text())
     assert np.allclose(np.array(result["gate"]).sum(1), 1, atol=1e-5) and np.array(result["gate"]).shape == (
         10,
@@ -83,27 +83,37 @@ def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folde
     assert abs(result["base"]["accuracy"] - base["test"]["accuracy"]) < 1e-9
 
     again = run(*command, "--out", tmp_path / "a", "--force")  # with the experts that are there
-    assert again.stdout.count("skipped, its result is there") == 6
+    assert again.stdout.count("skipped, its result is there") == 5
     for path, state in before.items():  # batch norm's buffers included
-        assert all(
-            torch.equal(value, torch.load(path, weights_only=True)[key]) for key, value in state.items()
-        )
+        assert all(torch.equal(value, models.load(path).state_dict()[key]) for key, value in state.items())
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("moe-*"))
     assert run(*command, "--out", tmp_path / "b").returncode == 0
     assert_same_bits(tmp_path / "a", tmp_path / "b")
 
 
-def test_frozen_experts_do_not_change_while_features_are_computed():
-    dataset = train.data.synthetic((40, 10, 10))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapters", [False, True])
+def test_features_are_in_the_compute_dtype_and_experts_stay_as_they_are(adapters, dtype):
     torch.manual_seed(0)
     network = models.build("custom").eval().requires_grad_(False)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    cpu = torch.device("cpu")
-    autocast, _ = train.mixed_precision(argparse.Namespace(amp="off"), cpu)
-    seen = moe.features([network] * 3, None, dataset.train, dataset, cpu, autocast)
-    assert seen.shape == (40, 3, 4096)
+    dataset, cpu = train.data.synthetic((300, 10, 10)), torch.device("cpu")
+    args = types.SimpleNamespace(train_adapters=adapters, adapter_width=16)
+    run = types.SimpleNamespace(args=args, dataset=dataset, device=cpu, dtype=dtype)
+    model = models.MixtureOfExperts(3, 10, adapters, 16)
+    seen = moe.features(run, [network] * 3, model, dataset.train)
+    assert seen.shape == (300, 3, 4096 if adapters else 16) and seen.dtype == dtype
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    images = train.data.normalise(dataset.train.images[290:], dataset)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        wanted = network.features(images).flatten(1)
+    wanted = wanted if adapters else model.adapters[0](wanted.float())
+    torch.testing.assert_close(seen[290:, 0].float(), wanted.float(), rtol=0.01, atol=0.01)
 
 
-def test_wrong_settings_are_one_line(run, one_line):
+def test_wrong_settings_are_one_line_before_anything_is_trained(run, one_line, image_folder, tmp_path):
     one_line(run("moe.py", "--data", "synthetic", "--classes", "cat,dog"), 2, "--classes")
+    one_line(run("moe.py", "--data", "synthetic", "--animals", "cat,cow"), 2, "--animals", "'cow'")
+    process = run("moe.py", "--data", image_folder())
+    one_line(process, 2, "the vehicles expert", "no class 'airplane'", "cat, dog")
+    assert not list(tmp_path.rglob("seed1*"))

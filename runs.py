@@ -1,0 +1,609 @@
+"""What keeps a run alive, whatever it trains: errors, signals, files, devices, processes, checkpoints, results, seeds.
+
+Every script hands its `main` to `command_line`, and its training function to `run_seeds`:
+
+    def train(run):                      # run.args, run.seed, run.dataset, run.device, run.dtype
+        history = run.restore(states)    # [] or the epochs of an interrupted run, whose states are loaded
+        ...
+        run.save(states, history)        # after an epoch
+        return weights, outcome          # for seed<k>.pt and seed<k>.json
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs without locks
+    fcntl = None
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+KEPT = "finished work is kept, and the same command resumes from there"
+SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+)  # in torch's messages
+
+# Arguments that do not change what a run computes: they are in no run name, and a checkpoint may differ in them
+NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
+
+# How a setting that differs from its default shows in a run's name, in this order: a tag, then the value
+TAGS = {
+    "data": "",
+    "classes": "only-",
+    "fraction": "p",
+    "epochs": "epochs",
+    "batch_size": "batch",
+    "steps_per_epoch": "steps",
+    "lr": "lr",
+    "optimizer": "",
+    "momentum": "momentum",
+    "weight_decay": "wd",
+    "dropout": "dropout",
+    "pretrained": "pretrained",
+    "stem": "stem-",
+    "schedule": "",
+    "label_smoothing": "smooth",
+    "amp": "amp-",
+    "way": "way",
+    "shot": "shot",
+    "query": "query",
+    "episodes": "episodes",
+    "animals": "animals-",
+    "train_adapters": "adapters",
+    "adapter_width": "width",
+}
+
+
+# Command line
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived."""
+
+
+def command_line(main):
+    """Run a script's main. Errors become one line on standard error: exit status 2 for wrong arguments (ValueError), 1 for
+    anything else that a user can fix, 130 and 143 for SIGINT and SIGTERM. TRACEBACK=1 shows where an error arose."""
+    name = Path(sys.argv[0]).name
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # file names can be any bytes
+    try:
+        main()
+    except Stopped as stop:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        signal_name = signal.Signals(stop.args[0]).name
+        print(
+            f"{name}: stopped by {signal_name}: the same command resumes from the last checkpoint",
+            file=sys.stderr,
+        )
+        sys.exit(128 + stop.args[0])
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: error: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _stop(number, _):
+    raise Stopped(number)
+
+
+@contextlib.contextmanager
+def signals_deferred():
+    """SIGINT and SIGTERM take effect at the end of the block."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield
+        return
+    arrived = []
+    handlers = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
+
+
+def new_parser(doc):
+    """A parser whose help begins with a script's docstring, and whose errors are ValueErrors."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+    def error(message):
+        hint = ": the option is --seed" if "--seeds" in message else " (--help lists all options)"
+        raise ValueError(message + hint)
+
+    parser.error = error
+    return parser
+
+
+def number(kind, low, high=math.inf, inclusive=False):
+    """An argparse type: a finite int or float above `low` (or equal to it, if inclusive) and below `high`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value < high and (value > low or inclusive):
+                return value
+        what = "an integer" if kind is int else "a number"
+        bounds = f"{'at least' if inclusive else 'above'} {low}"
+        bounds += f" and below {high}" if high < math.inf else ""
+        raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}")
+
+    return parse
+
+
+def add_arguments(parser):
+    """The arguments of every run, whatever it trains."""
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--seed", type=number(int, 0, 2**31, True), nargs="+", default=[1], metavar="K",
+        help="one or several, trained one after the other (default: 1)")  # fmt: skip
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
+        help="compute dtype; auto: bf16 on a GPU or CPU that supports it, else fp16 with a gradient scaler on a CUDA GPU, "
+        "and float32 elsewhere; off: float32, without TF32")  # fmt: skip
+    add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
+    add("--out", default="results", help="folder for results (default: %(default)s)")
+    add("--checkpoint-every", type=number(float, 0, inclusive=True), default=20.0, metavar="S",
+        help="least seconds between checkpoints, which are saved after an epoch (default: %(default)g)")  # fmt: skip
+    add("--force", action="store_true", help="run again even if the result is there")
+
+
+def run_name(first, settings, defaults):
+    """The folder of a run: `first` (architecture, augmentation), then each setting that differs from its default.
+
+    settings, defaults: {name: value}; names without a tag in TAGS do not show.
+    """
+    parts = list(first)
+    for name, tag in TAGS.items():
+        value = settings.get(name)
+        if value != defaults.get(name):
+            value = value.replace(",", "+") if isinstance(value, str) else repr(value)
+            parts.append(tag if settings[name] is True else f"{tag}{value}")
+    return "-".join(parts)
+
+
+class Progress:
+    """A line on a terminal that says how far a loop is; silent when standard error is not a terminal."""
+
+    def __init__(self, what, total):
+        self.what, self.total, self.done = what, total, 0
+        self.started = self.drawn = time.monotonic()
+
+    def __call__(self, count):
+        self.done += count
+        now = time.monotonic()
+        if now - self.drawn > 0.2 and sys.stderr.isatty():
+            self.drawn = now
+            rate = self.done / (now - self.started)
+            left = f"{rate:,.0f}/s, {(self.total - self.done) / rate:.0f} s left"
+            line = f"\r{self.what}: {self.done:,}/{self.total:,}, {left}\033[K"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+# Files
+
+
+def write_atomically(path, content):
+    """Write bytes to a file that is either complete or absent, whatever happens meanwhile."""
+    temporary = None
+    try:
+        with signals_deferred():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+            with open(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise OSError(f"{path} cannot be written ({error.strerror}): {KEPT}") from error
+
+
+def torch_bytes(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def exclusive(path):
+    """One process at a time: others wait here until the block ends or its process dies. path: the lock file.
+
+    Works over a shared folder whose file system has locks. Where there are none, nobody waits, which wastes work and
+    harms nothing, since files are put in place atomically.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while fcntl:
+        lock = open(path, "a")  # noqa: SIM115 (held open to the end)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the process that holds {path}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            break
+        lock.close()  # its last owner removed the file meanwhile
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        if fcntl:
+            lock.close()
+
+
+# Devices
+
+
+def use_device(name):
+    """Make `--device` current and return it as a torch.device. Raises ValueError for one that is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind) or (index and not (index.isdigit() and int(index) < count)):
+        raise ValueError(
+            f"--device {name}: there is no such device here; use auto or {kind if there.get(kind) else 'cpu'}"
+        )
+    if kind == "cuda" and world_size() > 1:
+        if index:
+            raise ValueError(
+                f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda"
+            )
+        index = os.environ["LOCAL_RANK"]
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
+            raise ValueError(
+                f"torchrun started more processes than the {count} GPUs here: lower --nproc_per_node"
+            )
+    if kind == "cuda":  # streams and graphs belong to the current device
+        torch.cuda.set_device(int(index or 0))
+    return torch.device(kind, int(index)) if index else torch.device(kind)
+
+
+def compute_dtype(args, device):
+    """The dtype that `--amp` means on a device: torch.float32, bfloat16 or float16."""
+    if args.amp == "fp16" and device.type != "cuda":
+        raise ValueError(
+            f"--amp fp16: only CUDA has a gradient scaler, this is {device.type}; use bf16 or off"
+        )
+    if args.amp != "auto":
+        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    slow = getattr(args, "arch", None) in SLOW_IN_BF16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() and not slow else torch.float32
+
+
+def cpu_has_bf16():
+    """Whether the CPU multiplies in bf16; elsewhere PyTorch emulates it, slowly."""
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # undocumented, so they may disappear
+    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+
+
+def make_repeatable():
+    """The same bits for the same command on the same machine, and float32 that is float32."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # costs time, and nothing here reads such memory
+    )
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+# Several processes: torchrun --standalone --nproc_per_node=2 train.py ... Alone, nothing here does anything.
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextlib.contextmanager
+def processes(args):
+    """Join the processes that torchrun started; rank 0 prints for all. Raises RuntimeError if one is lost."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield
+        return
+    if args.batch_size < 2 * world:
+        raise ValueError(
+            f"--batch-size {args.batch_size}: {world} processes share a batch, and each needs two images"
+        )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
+            yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RuntimeError(f"another process of this run was lost: {KEPT}") from error
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(model):
+    """The model, whose gradients are averaged over processes; on CUDA with batch norm over the whole batch (PyTorch has
+    none for CPUs)."""
+    if world_size() == 1:
+        return model
+    if next(model.parameters()).is_cuda:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def share(batches):
+    """Yield (inputs, labels, weight): this process's part of each batch. A mean loss times its weight, averaged over
+    processes, is the mean over the whole batch. A last batch too small to share joins the one before."""
+    world = world_size()
+    if world == 1:
+        for inputs, labels in batches:
+            yield inputs, labels, 1.0
+        return
+    for inputs, labels in _join_last(batches, 2 * world):
+        parts = [tensor.tensor_split(world)[rank()] for tensor in (inputs, labels)]
+        if len(parts[1]):
+            yield *parts, len(parts[1]) * world / len(labels)
+
+
+def _join_last(batches, least):
+    """Batches of which a last one with fewer than `least` images is joined to the one before."""
+    batches = iter(batches)
+    held = next(batches)
+    for batch in batches:
+        if len(batch[1]) < least:
+            batch = [torch.cat(pair) for pair in zip(held, batch, strict=True)]
+        else:
+            yield held
+        held = batch
+    yield held
+
+
+def broadcast_buffers(model):
+    """Broadcast rank 0's BatchNorm buffers."""
+    if world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def on_rank0(function, *arguments):
+    """What function(*arguments) returns on rank 0, which alone calls it."""
+    returned = [function(*arguments) if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(returned)
+    return returned[0]
+
+
+# Checkpoint and result
+
+
+class Run:
+    """One seed of a run: its arguments, seed, data set, device and compute dtype; where it saves and resumes."""
+
+    def __init__(self, args, seed, dataset, device, path):
+        self.args, self.seed, self.dataset, self.device = args, seed, dataset, device
+        self.dtype = compute_dtype(args, device)
+        self.path = path  # of the result, results/<run>/seed<k>.json
+        self.checkpoint = path.with_suffix(".ckpt")
+        self.saved = time.monotonic()
+        self.settings = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
+        self.settings |= {"seed": seed, "fingerprint": dataset.fingerprint}
+        self.settings |= {"device": device.type, "dtype": str(self.dtype)}
+
+    def save(self, stateful, history):
+        """Save a checkpoint, unless the last is younger than args.checkpoint_every seconds.
+
+        stateful: {name: object with state_dict()}; history: a list that JSON can hold.
+        """
+        if rank() or time.monotonic() - self.saved < self.args.checkpoint_every:
+            return
+        states = {name: thing.state_dict() for name, thing in stateful.items()}
+        write_atomically(
+            self.checkpoint, torch_bytes({"settings": self.settings, "history": history, "states": states})
+        )
+        self.saved = time.monotonic()
+
+    def restore(self, stateful):
+        """Load the states of this run's checkpoint and return its history; [] if there is none that fits."""
+        content = on_rank0(lambda: self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
+        if not content:
+            return []
+        try:
+            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            settings, history, states = (saved[name] for name in ("settings", "history", "states"))
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
+            print(f"{self.checkpoint} is damaged: restarting from scratch")
+            return []
+        different = sorted(
+            key for key in self.settings.keys() | settings if self.settings.get(key) != settings.get(key)
+        )
+        if different:
+            print(
+                f"{self.checkpoint} has different settings ({', '.join(different)}): restarting from scratch"
+            )
+            return []
+        for name, thing in stateful.items():
+            thing.load_state_dict(states[name])
+        print(f"resuming after epoch {len(history)} ({self.checkpoint})")
+        return history
+
+
+def read_result(path):
+    """A finished run's result, or None; a file that cannot be one is named and counts as absent."""
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_bytes())
+        if result["version"] == 1 and result["test"] and result["history"] and result["data"] is not None:
+            return result
+    except (ValueError, LookupError, TypeError, RecursionError):
+        pass
+    print(f"{path} is not a result file, or damaged: running again")
+    return None
+
+
+def finished(args, path, dataset):
+    """The result at `path`, if it is there, is of these images, and --force is not given; else None."""
+    result = None if args.force else read_result(path)
+    if result and result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        print(f"{path} is a result of other images, since {dataset.name} has changed: running again")
+        return None
+    return result
+
+
+def environment(run):
+    """Versions, device and commit of this code, for a result file."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    if run.device.type == "cuda":
+        device = torch.cuda.get_device_name(run.device)
+    else:
+        device = f"{run.device.type} ({processor()}, {torch.get_num_threads()} threads)"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": metadata.version("torchvision"),
+        "device": device,
+        "commit": commit,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "processes": world_size(),
+    }
+
+
+def processor():
+    """The name of the CPU; platform knows it on few systems."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
+        )
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device):
+    """The most memory held: on the GPU during this run, else by the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+# Seeds
+
+
+def run_seeds(args, name, load, train):
+    """Run the seeds that have no result yet, one after the other. Returns {seed: result}.
+
+    load(args, device) returns the data set; train(run) the content of seed<k>.pt and its part of seed<k>.json.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) != world_size():
+        raise ValueError("only train.py runs under torchrun: start this script alone, one process a GPU")
+    device = use_device(args.device)
+    compute_dtype(args, device)  # raises before the data set is loaded
+    make_repeatable()
+    dataset, results = load(args, device), {}
+    for seed in args.seed:
+        path = Path(args.out) / name / f"seed{seed}.json"
+        result = on_rank0(finished, args, path, dataset)
+        if result:
+            print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
+        else:
+            with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
+                result = on_rank0(
+                    finished, args, path, dataset
+                )  # another process may have finished it meanwhile
+                if not result:
+                    run = Run(args, seed, dataset, device, path)
+                    print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
+                    result = run_seed(run, train)
+        results[seed] = result
+    return results
+
+
+def run_seed(run, train):
+    """Train and test one seed; write and return its result."""
+    if run.args.force and rank() == 0:
+        run.checkpoint.unlink(missing_ok=True)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    try:
+        weights, outcome = train(run)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        sizes = [name for name in ("batch_size", "way", "shot", "query") if name in vars(run.args)]
+        sizes = " ".join(f"--{name.replace('_', '-')} {getattr(run.args, name)}" for name in sizes)
+        raise RuntimeError(f"out of memory on {run.device} with {sizes}: lower it; {KEPT}") from error
+    if not math.isfinite(outcome["test"]["loss"]):
+        raise RuntimeError(f"the test loss is {outcome['test']['loss']}: lower --lr, or use --amp off")
+    dataset = run.dataset
+    shared = {"classes": list(dataset.classes), "mean": list(dataset.mean), "std": list(dataset.std)}
+    splits = {split: len(getattr(dataset, split).labels) for split in ("train", "valid", "test")}
+    result = {
+        "version": 1,
+        "config": {**vars(run.args), "seed": run.seed},
+        "data": {"name": dataset.name, **shared, **splits, "fingerprint": dataset.fingerprint},
+        "environment": environment(run),
+        **outcome,
+        "seconds": sum(entry["seconds"] for entry in outcome["history"]),
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+    }
+    if rank() == 0:
+        write_atomically(run.path.with_suffix(".pt"), torch_bytes({**shared, **weights}))
+        write_result(run.path, result)
+        run.checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def write_result(path, result):
+    write_atomically(path, json.dumps(result, indent=1).encode())

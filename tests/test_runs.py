@@ -1,0 +1,213 @@
+"""Devices, checkpoints, errors: what keeps a run alive."""
+
+import io
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import runs
+import train
+
+CPU = torch.device("cpu")
+
+
+def make_run(tmp_path, *words, device=CPU):
+    args = train.parse_arguments(list(map(str, ("--checkpoint-every", 0, "--amp", "off", *words))))
+    return runs.Run(args, 1, data.synthetic((20, 10, 10)), device, tmp_path / "seed1.json")
+
+
+def states():
+    model = torch.nn.Linear(2, 2)
+    return {"model": model}
+
+
+# Devices
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """As if there were two GPUs; returns the indices made current."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    return current
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
+def test_the_gpu_asked_for_becomes_the_current_one(name, index, two_gpus):
+    assert runs.use_device(name).type == "cuda"
+    assert two_gpus == [index]
+
+
+def test_a_gpu_that_is_not_there_is_refused(two_gpus):
+    for name in ("cuda:2", "cuda:x", "gpu"):
+        with pytest.raises(ValueError, match=f"--device {name}: there is no such device"):
+            runs.use_device(name)
+
+
+def test_torchrun_takes_a_gpu_for_each_process(two_gpus, monkeypatch):
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert runs.use_device("cuda") == torch.device("cuda:1") and two_gpus == [1]
+    with pytest.raises(ValueError, match="use --device cuda"):
+        runs.use_device("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="more processes than the 2 GPUs"):
+        runs.use_device("cuda")
+
+
+def test_float32_is_not_tf32():
+    torch.backends.cudnn.allow_tf32 = True
+    runs.make_repeatable()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_restores_what_it_saved(tmp_path, capsys):
+    run, saved = make_run(tmp_path), states()
+    run.save(saved, [{"epoch": 1}])
+    fresh = states()
+    assert make_run(tmp_path).restore(fresh) == [{"epoch": 1}]
+    assert torch.equal(fresh["model"].weight, saved["model"].weight)
+    assert make_run(tmp_path, "--no-graph", "--seed", 5, "--out", "x").restore(fresh) == [{"epoch": 1}]
+    assert "resuming after epoch 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "named"),
+    [(("--lr", 0.1), CPU, "lr"), (("--amp", "bf16"), CPU, "dtype"), ((), torch.device("mps"), "device")],
+)
+def test_a_checkpoint_of_other_settings_or_another_device_is_named_and_not_used(
+    words, device, named, tmp_path, capsys
+):
+    make_run(tmp_path).save(states(), [{"epoch": 1}])
+    assert make_run(tmp_path, *words, device=device).restore(states()) == []
+    assert f"different settings ({named}): restarting from scratch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5])
+def test_a_damaged_checkpoint_is_named_and_not_used(keep, tmp_path, capsys):
+    run = make_run(tmp_path)
+    run.save(states(), [{"epoch": 1}])
+    content = run.checkpoint.read_bytes()
+    run.checkpoint.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    assert run.restore(states()) == []
+    if keep:
+        assert "seed1.ckpt is damaged: restarting from scratch" in capsys.readouterr().out
+
+
+def test_checkpoints_are_saved_no_more_often_than_asked(tmp_path, monkeypatch):
+    run, now = make_run(tmp_path, "--checkpoint-every", 20), [0.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    run.saved, written = 0.0, []
+    monkeypatch.setattr(runs, "write_atomically", lambda path, content: written.append(now[0]))
+    for now[0] in np.arange(0.0, 61.0, 3.0):
+        run.save(states(), [])
+    assert written == [21, 42]
+
+
+# Results
+
+
+def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
+    folder = image_folder(splits=(("train", 20), ("valid", 4), ("test", 6)))
+    command = ("train.py", "--data", "images", "--epochs", 1)
+    assert run(*command, "--seed", 1).returncode == 0
+    (path,) = tmp_path.rglob("seed1.json")
+    before = json.loads(path.read_text())["data"]["fingerprint"]
+    for file in list((folder / "train").rglob("1*.png")):
+        file.unlink()
+    process = run(*command, "--seed", 1, 2)
+    assert "seed1.json is a result of other images" in process.stdout and "skipped" not in process.stdout
+    found = {json.loads(p.read_text())["data"]["fingerprint"] for p in tmp_path.rglob("seed*.json")}
+    assert len(found) == 1 and before not in found
+    result = json.loads(path.read_text())
+    del result["data"]["fingerprint"]  # as older results are
+    path.write_text(json.dumps(result))
+    assert run(*command).stdout.count("skipped") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "out of memory on cpu with --batch-size 64",
+        ),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+            "out of memory on cpu with --batch-size 64",
+        ),
+        (MemoryError(), "out of memory on cpu with --batch-size 64"),
+    ],
+)
+def test_only_a_lack_of_memory_is_reported_as_one(error, named, tmp_path):
+    def fail(run):
+        raise error
+
+    with pytest.raises(RuntimeError, match=named):
+        runs.run_seed(make_run(tmp_path), fail)
+    assert not list(tmp_path.iterdir())
+
+
+# Captured steps
+
+
+def test_a_failed_capture_names_the_cause_and_the_way_out(monkeypatch):
+    class Graph:
+        def __init__(self, graph, stream, capture_error_mode):
+            assert capture_error_mode == "thread_local"
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(train, "side_stream", lambda: None)
+    step = train.CapturedStep(lambda *batch: None)
+    step.calls, step.inputs, step.labels = step.WARM_UP, torch.zeros(2), torch.zeros(2)
+    with pytest.raises(RuntimeError, match="cannot be captured .operation not permitted.*--no-graph"):
+        step(torch.zeros(2), torch.zeros(2), 1.0)
+
+
+# Signals and errors
+
+
+def test_signals_are_deferred_to_the_end_of_a_write():
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("handled"))
+    try:
+        with runs.signals_deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            seen.append("written")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert seen == ["written", "handled"]
+
+
+def test_run_names_show_settings_in_one_order():
+    defaults = {"lr": 0.001, "classes": None, "pretrained": False, "epochs": 10, "query": None}
+    settings = {"epochs": 3, "lr": 0.1, "classes": "cat,dog", "pretrained": True, "seed": 4, "query": None}
+    assert runs.run_name(("a", "b"), settings, defaults) == "a-b-only-cat+dog-epochs3-lr0.1-pretrained"
+
+
+def test_progress_is_silent_without_a_terminal(monkeypatch):
+    monkeypatch.setattr(runs.sys, "stderr", io.StringIO())
+    progress = runs.Progress("epoch 1/2", 10)
+    progress.drawn -= 1
+    progress(3)
+    progress.clear()
+    assert runs.sys.stderr.getvalue() == ""
