@@ -65,6 +65,7 @@ TAGS = {
     "schedule": "",
     "label_smoothing": "smooth",
     "amp": "amp-",
+    "compile": "compiled",
     "way": "way",
     "shot": "shot",
     "query": "query",

@@ -13,6 +13,8 @@ of models.ARCHITECTURES, a new augmentation one of augment.AUGMENTATIONS, a new 
 
 import functools
 import math
+import os
+import shutil
 import time
 from pathlib import Path
 
@@ -206,17 +208,36 @@ def side_stream():
     return torch.cuda.Stream()
 
 
+def compiled(network):
+    """The network by torch.compile, for batches of the size of the first; others, such as a short last one, run as they are,
+    since each size would be compiled anew. Raises ValueError where there is no compiler."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+        raise ValueError(
+            "--compile needs a C++ compiler, and there is none: install g++ or clang, or leave it out"
+        )
+    fast, sizes = torch.compile(network, dynamic=False), []
+
+    def forward(inputs):
+        if not sizes:
+            sizes.append(len(inputs))
+        return (fast if len(inputs) == sizes[0] else network)(inputs)
+
+    return forward
+
+
 def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     """Train for len(steps) epochs, resuming from the run's checkpoint. Returns the history, a list of epochs.
 
     steps: batches in each epoch; train_batches(epoch) and valid_batches() yield (inputs, labels) on the device.
     """
-    args, device, epochs = run.args, run.device, len(steps)
+    args, device, epochs, total_steps = run.args, run.device, len(steps), sum(steps)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], args, device)
     autocast, scaler = mixed_precision(run)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = run.restore(stateful)
     network, totals = runs.distribute(model), Totals(num_classes, device)
+    if args.compile:
+        network = compiled(network)
     process = (runs.rank(),) if runs.rank() else ()  # each draws dropout of its own
 
     def step(inputs, labels, weight):
@@ -237,7 +258,7 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     elif device.type == "cuda":
         print("CUDA graphs are disabled: they need adam, adamw or sgd, one process, and no --no-graph")
     for group in optimizer.param_groups:  # a checkpoint's is the last one
-        group["lr"] = rate if isinstance(rate, float) else rate.clone()
+        group["lr"] = rate
 
     for epoch in range(len(history) + 1, epochs + 1):
         torch.manual_seed(data.seed_from(run.seed, epoch, "dropout", *process))  # resumed runs draw the same
@@ -247,7 +268,7 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
         progress = runs.Progress(f"epoch {epoch}/{epochs}", steps[epoch - 1])
         for number, batch in enumerate(runs.share(train_batches(epoch)), start=sum(steps[: epoch - 1])):
             if args.schedule == "onecycle":
-                set_learning_rate(optimizer, args.lr * one_cycle(number, sum(steps)))
+                set_learning_rate(optimizer, args.lr * one_cycle(number, total_steps))
             step(*batch)
             images += len(batch[0]) * runs.world_size()
             progress(1)
@@ -404,6 +425,8 @@ def add_training_arguments(parser):
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down to zero, and no "
         "weight decay for norms and biases")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network (torch.compile): minutes first, then faster steps; it pays "
+        "for long runs of networks with many layers")  # fmt: skip
     add("--label-smoothing", type=number(float, 0, 1, True), default=0.0, metavar="E",
         help="label smoothing factor (default: 0)")  # fmt: skip
 

@@ -468,6 +468,24 @@ def test_no_gpu_and_no_weights_are_one_line(run, one_line, tmp_path):
     one_line(process, 1, "train.py: error: the ImageNet weights of resnet18 cannot be fetched", "TORCH_HOME")
 
 
+def test_no_compiler_is_one_line(run, one_line, tmp_path):
+    one_line(run("train.py", *TINY, "--compile", PATH=str(tmp_path), CXX=""), 2, "--compile needs a C++ compiler", "g++")
+
+
+@pytest.mark.slow
+def test_compiled_runs_repeat_and_resume_with_the_same_bits(tiny, run, tmp_path):
+    command = ("train.py", *tiny, "--compile", "--epochs", 3, "--batch-size", 16, "--checkpoint-every", 0)
+    stop = "import runs, os; save = runs.Run.save; runs.Run.save = lambda *given: (save(*given), os._exit(9))"
+    for out in ("a", "b"):
+        assert run(*command, "--out", out).returncode == 0
+    assert run(*command, "--out", "c", code=stop).returncode == 9
+    assert "resuming after epoch 1" in run(*command, "--out", "c").stdout
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    assert_same_bits(tmp_path / "a", tmp_path / "c")
+    model = models.load(next(tmp_path.rglob("a/*/seed1.pt")))  # names of weights are those of the plain network
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
+
+
 def test_a_nan_or_infinite_loss_ends_the_run_and_leaves_no_result(run, one_line, tmp_path):
     process = run("train.py", *TINY, "--optimizer", "sgd", "--lr", 1e30, "--out", tmp_path)
     one_line(process, 1, "loss became", "epoch", "--lr")

@@ -1,4 +1,4 @@
-"""What README's last section promises, each with its real fault: a kill, a full disk, a damaged file, a hostile one."""
+"""What docs/guarantees.md lists, each with its real fault: a kill, a full disk, a damaged file, a hostile one."""
 
 import contextlib
 import io
@@ -523,10 +523,10 @@ with runs.processes(args):
         torch.testing.assert_close(one[name], two[name])
 
 
-def test_readme_names_tests_that_are_there():
-    promises = (HOUSE / "README.md").read_text().split("## What is promised")[1]
+def test_guarantees_name_tests_that_are_there():
+    guarantees = (HOUSE / "docs" / "guarantees.md").read_text()
     tests = "".join(path.read_text() for path in HOUSE.glob("tests/test_*.py"))
-    names = re.findall(r"`(test_\w+)(…?)`", promises)
+    names = re.findall(r"`(test_\w+)(…?)`", guarantees)
     assert len(names) > 20
     for name, more in names:
         assert f"def {name}{'' if more else '('}" in tests, name
