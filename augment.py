@@ -9,15 +9,15 @@ torchvision): copy this file into your own project.
 
     python augment.py --data synthetic --out figures/augmentation.png  # pictures of what each one does
 
-The last line needs the whole project and matplotlib. It draws the slides' three augmentations, and on a second
-sheet, <out>-all.png (figures/augmentation-all.png), every augmentation.
+The last line needs the whole project and matplotlib. It draws the slides' three augmentations, and on a
+second sheet, <out>-all.png (figures/augmentation-all.png), every augmentation.
 
 Each augmentation has two halves: a pure function of images and per-image parameters (`rotate`), and a
-wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H and W,
-contiguous or channels_last, and come out as new ones of the same layout; others raise TypeError. Parameters
-are best on the CPU, and so is the generator that draws them: results are then the same on every device, up to
-rounding, and no device synchronization is needed. Parameters on another device work, but are copied to the
-CPU where float64 (MPS has none) or sorting is needed: rotation, shear, translation, jitter and autoaugment.
+wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H
+and W, contiguous or channels_last, and come out as new ones of the same layout; others raise TypeError.
+Parameters are best on the CPU, and so is the generator that draws them: results are then the same on every
+device, up to rounding, and no device synchronization is needed. Parameters on another device work, but are
+copied to the CPU where float64 (MPS has none) or sorting is needed: affine maps, jitter, autoaugment.
 """
 
 import functools
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-CPU_BLOCK, GPU_BLOCK = 128, 8192  # images computed in floats at a time: these fit into a CPU's cache
+CPU_BLOCK, GPU_BLOCK = 128, 8192  # images computed in floats at a time, to fit into a cache
 
 
 # Geometry
@@ -47,8 +47,9 @@ def rotate(images, degrees):
 
 
 def shear(images, x, y):
-    """Shift each row by x, float (N,), times its distance from the top, and each column by y, float (N,), times
-    its distance from the left; nearest pixel, black outside. torchvision's affine takes atan(x), in degrees."""
+    """Shift each row left by x times its distance from the top, and each column up by y times its distance
+    from the left, x and y float (N,); nearest pixel, black outside. torchvision's affine takes atan(x) in
+    degrees."""
     zero = torch.zeros_like(x)
     return _affine(images, _matrices(images, zero, x, y, zero, zero))
 
@@ -60,8 +61,8 @@ def translate(images, x, y):
 
 
 def _matrices(images, degrees, shear_x, shear_y, x, y):
-    """Affine maps from a pixel to the place it is taken from, in grid_sample's units: float32 (..., 6), computed
-    in float64 on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
+    """Affine maps from a pixel to the place it is taken from, in grid_sample's units: float32 (..., 6), from
+    float64 on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
     _check(images)
     height, width = images.shape[2:]
     degrees, shear_x, shear_y, x, y = (p.cpu().double() for p in (degrees, shear_x, shear_y, x, y))
@@ -84,25 +85,20 @@ def _affine(images, matrices):
     base = base.flatten(1)
 
     def sample(images, matrices):
-        grid = matrices.view(-1, 2, 3).bmm(base.expand(len(images), -1, -1)).view(-1, 2, height, width)
-        grid = grid.permute(0, 2, 3, 1)
-        pixels = F.grid_sample(
-            images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
-        )
-        return pixels.to(torch.int16)
+        grid = matrices.view(-1, 2, 3).bmm(base.expand(len(images), -1, -1))
+        grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)  # (N, H, W, 2)
+        return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.int16)
 
     return _in_blocks(sample, images, _upload(matrices, images.device))
 
 
 def crop(images, top, left, height, width):
-    """Cut a box out of each image and stretch it to the size of the image; bilinear. top..width: float (N,), whole
-    pixels."""
+    """Cut a box out of each image and stretch it to the size of the image; bilinear. top..width: float (N,),
+    whole pixels."""
     _check(images)
     boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
-    across, down = (
-        _stretch(boxes[1], boxes[3], images.shape[3]),
-        _stretch(boxes[0], boxes[2], images.shape[2]),
-    )
+    top, left, height, width = boxes
+    across, down = _stretch(left, width, images.shape[3]), _stretch(top, height, images.shape[2])
 
     def sample(images, across, down):
         grid = torch.empty(len(images), 2, *images.shape[2:], device=images.device)
@@ -114,8 +110,8 @@ def crop(images, top, left, height, width):
 
 
 def _stretch(start, length, size):
-    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it: float
-    (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
+    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it:
+    float (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
     places = torch.arange(size, device=start.device) + 0.5
     start, length = start[:, None], length[:, None]
     source = (places * (length / size)).clamp(min=0.5).minimum(length - 0.5) + start
@@ -123,8 +119,8 @@ def _stretch(start, length, size):
 
 
 def erase(images, top, left, height, width, fill):
-    """Fill one rectangle of each image. top..width: float (N,), whole pixels; height = 0 leaves an image as it is;
-    fill: uint8 (3,)."""
+    """Fill one rectangle of each image. top..width: float (N,), whole pixels; height = 0 leaves an image as
+    it is; fill: uint8 (3,)."""
     _check(images)
     boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
     top, left, height, width = boxes[:, :, None]  # each (N, 1)
@@ -165,8 +161,8 @@ def saturation(images, factor):
 
 
 def sharpness(images, factor):
-    """Scale the difference from the image smoothed by a 3x3 kernel by factor, float (N,): 0 is smooth. The border
-    stays as it is."""
+    """Scale the difference from the image smoothed by a 3x3 kernel by factor, float (N,): 0 is smooth. The
+    border stays as it is."""
     _check(images)
     if min(images.shape[2:]) <= 2:
         return images.clone()
@@ -178,6 +174,7 @@ def sharpness(images, factor):
 
 
 def _blend(images, other, factor):
+    """other + factor * (images - other), as uint8."""
     factor = _per_image(factor.float(), images)
     return _bytes((images * factor).add_(other * (1 - factor)).clamp_(0, 255))
 
@@ -194,8 +191,8 @@ def hue(images, shift):
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks by arithmetic, since a comparison or a `where` takes
-    # a CPU four times as long: values are whole, so a channel is the largest if it is less than 1 below.
+    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks by arithmetic, since a comparison or a `where`
+    # takes a CPU several times as long: values are whole, and the largest channel is less than 1 below value.
     not_red = (value - red).clamp_(max=1)
     is_green = (1 - (value - green).clamp_(max=1)).mul_(not_red)
     is_blue = not_red - is_green
@@ -217,7 +214,7 @@ def jitter(images, order, factors):
     own permutation of these four, int64 (N, 4)."""
     _check(images)
     order, factors = order.cpu(), factors.cpu().float()
-    return _in_rounds(images, order, factors.gather(1, order), JITTER)
+    return _in_rounds(images, order, factors.gather(1, order), (brightness, contrast, saturation, hue))
 
 
 # The operations of AutoAugment that are not above
@@ -267,11 +264,10 @@ def equalize(images):
     return torch.empty_like(images).copy_(table.gather(2, values).view(images.shape))
 
 
-JITTER = (brightness, contrast, saturation, hue)
-
-# The operations of AutoAugment, Cubuk et al., 2019, arXiv:1805.09501, with torchvision's magnitudes. name: (function
-# of images i and parameters p (n, 6), the ten magnitudes for height and width, whether the sign is random). The
-# affine operations come first, since they are one group; for the others p[:, 0] is the magnitude.
+# The operations of AutoAugment, Cubuk et al., 2019, arXiv:1805.09501, with torchvision's magnitudes. name:
+# (function of images i and parameters p (n, 6), the ten magnitudes for height and width, whether the sign is
+# random). The first five are affine, and one group: p is their matrices. Otherwise p[:, 0] is the magnitude.
+AFFINE = 5
 OPERATIONS = {
     "ShearX": (_affine, lambda h, w: torch.linspace(0, 0.3, 10), True),
     "ShearY": (_affine, lambda h, w: torch.linspace(0, 0.3, 10), True),
@@ -294,33 +290,32 @@ def autoaugment(images, operations, magnitudes):
     """Two operations after each other. operations: int64 (N, 2), positions in OPERATIONS, -1 for none;
     magnitudes: float (N, 2), signed."""
     operations, magnitudes = operations.cpu(), magnitudes.cpu()
-    shear_x, shear_y, x, y, degrees = (magnitudes * (operations == number) for number in range(5))
+    shear_x, shear_y, x, y, degrees = (magnitudes * (operations == number) for number in range(AFFINE))
     parameters = _matrices(images, degrees, shear_x, shear_y, x.trunc(), y.trunc())  # (N, 2, 6)
-    parameters[..., 0] = torch.where(operations < 5, parameters[..., 0], magnitudes)
-    functions = [function for function, *_ in OPERATIONS.values()]
-    groups = torch.where(operations < 0, -1, (operations - 4).clamp(min=0))  # one group for the first five
-    return _in_rounds(images, groups, parameters, functions[4:])
+    parameters[..., 0] = torch.where(operations < AFFINE, parameters[..., 0], magnitudes)
+    functions = [_affine, *(function for function, *_ in list(OPERATIONS.values())[AFFINE:])]
+    groups = torch.where(operations < 0, -1, (operations - AFFINE + 1).clamp(min=0))  # positions in functions
+    return _in_rounds(images, groups, parameters, functions)
 
 
 def _in_rounds(images, operations, parameters, functions):
     """Pass each image through one of functions in each of R rounds. operations: int64 (N, R), positions in
-    functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. A round sorts the
-    images by operation: writing each group to its scattered rows takes a CPU ten times as long."""
-    counts = [torch.bincount(round_ + 1, minlength=len(functions) + 1).tolist() for round_ in operations.T]
-    order = operations.argsort(0)  # (N, R)
-    place = order.argsort(0)  # of each image in each order
-    moves = torch.cat(
-        [order[:, :1], place[:, :-1].gather(0, order[:, 1:]), place[:, -1:]], 1
-    )  # order to order
-    *moves, last = _upload(moves, images.device).unbind(1)
+    functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. A round sorts
+    the images by operation: writing each group to its scattered rows takes a CPU ten times as long."""
+    counts = [torch.bincount(column + 1, minlength=len(functions) + 1).tolist() for column in operations.T]
+    order = operations.argsort(0)  # (N, R), of a round: the images sorted by operation
+    place = order.argsort(0)  # (N, R), of a round: where each image is then
+    between = place[:, :-1].gather(0, order[:, 1:])  # from the order of a round to that of the next
+    moves = _upload(torch.cat([order[:, :1], between, place[:, -1:]], 1), images.device)  # (N, R + 1)
     parameters = _upload(parameters[order, torch.arange(order.shape[1])], images.device)
     pixels = images.contiguous()
-    for move, count, parameter in zip(moves, counts, parameters.unbind(1), strict=True):
-        pixels = pixels.index_select(0, move)
-        groups = zip(functions, pixels.split(count)[1:], parameter.split(count)[1:], strict=True)
-        for function, group, its_parameter in groups:
-            _in_blocks(function, group, its_parameter, out=group)
-    return torch.empty_like(images).copy_(pixels.index_select(0, last))
+    for number, count in enumerate(counts):
+        pixels = pixels.index_select(0, moves[:, number])
+        _, *groups = pixels.split(count)
+        _, *group_parameters = parameters[:, number].split(count)
+        for function, group, parameter in zip(functions, groups, group_parameters, strict=True):
+            _in_blocks(function, group, parameter, out=group)
+    return torch.empty_like(images).copy_(pixels.index_select(0, moves[:, -1]))
 
 
 def _bytes(pixels):
@@ -336,7 +331,7 @@ def _check(images):
 def _upload(parameters, device):
     """parameters on device, without a device synchronization: CUDA needs pinned memory for that."""
     if device.type == "cuda" and parameters.device.type == "cpu":
-        return parameters.pin_memory().to(device, non_blocking=True)
+        return parameters.contiguous().pin_memory().to(device, non_blocking=True)
     return parameters.to(device)
 
 
@@ -346,9 +341,8 @@ def _per_image(parameter, images):
 
 
 def _in_blocks(function, images, *parameters, out=None):
-    """function(images, *parameters), uint8 or whole int16 in 0..255, as uint8 in the layout of images, or in out,
-    which may be images. It takes some images at a time: floats need four times the memory, and a CPU's cache is
-    small."""
+    """function(images, *parameters), uint8 or whole int16 in 0..255, for some images at a time: floats take
+    four times the memory, and a CPU's cache is small. Returns out, which may be images, or a new tensor."""
     out = torch.empty_like(images) if out is None else out
     size = CPU_BLOCK if images.device.type == "cpu" else GPU_BLOCK
     for start in range(0, len(images), size):
@@ -380,8 +374,8 @@ def random_rotation(images, generator, degrees=15):
 
 
 def random_translation(images, generator, most=4):
-    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most` whole
-    pixels each way, black outside."""
+    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most`
+    whole pixels in each direction, black outside."""
     x, y = _uniform(generator, 0, 2 * most + 1, 2, len(images)).floor() - most
     return translate(images, x, y)
 
@@ -435,13 +429,13 @@ def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio
 
 def random_cutout(images, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), fill=(0, 0, 0)):
     """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. The mean
-    colour of the data is what RandomErasing(value=0) is after normalisation. Cutout: DeVries and Taylor, 2017,
-    arXiv:1708.04552."""
+    colour of the data is what RandomErasing(value=0) is after normalisation. Cutout: DeVries and Taylor,
+    2017, arXiv:1708.04552."""
     _check(images)
     boxes = draw_cutout(len(images), *images.shape[2:], generator, p, scale, ratio)
     # torch.tensor(fill, device=...) would be a device synchronization
-    fill = [torch.full((), value, dtype=torch.uint8, device=images.device) for value in fill]
-    return erase(images, *boxes, torch.stack(fill))
+    colour = [torch.full((), value, dtype=torch.uint8, device=images.device) for value in fill]
+    return erase(images, *boxes, torch.stack(colour))
 
 
 def draw_jitter(count, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1):
@@ -474,9 +468,9 @@ def _policy(height, width):
 
 
 def draw_autoaugment(count, height, width, generator):
-    """Operations, int64 (N, 2), -1 where one is not applied, and magnitudes, float (N, 2), both on the CPU."""
+    """Operations, int64 (N, 2), -1 where none is applied, and magnitudes, float (N, 2), both on the CPU."""
     operations, probabilities, magnitudes, signed = _policy(height, width)
-    chosen = (_uniform(generator, 0, 1, count) * len(operations)).long().clamp_(max=len(operations) - 1).cpu()
+    chosen = (_uniform(generator, 0, 1, count).cpu() * len(operations)).long().clamp_(max=len(operations) - 1)
     applied = _uniform(generator, 0, 1, count, 2).cpu() <= probabilities[chosen]
     negative = (_uniform(generator, 0, 1, count, 2).cpu() < 0.5) & signed[chosen]
     operation = torch.where(applied, operations[chosen], -1)
@@ -529,8 +523,8 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
 
 
 def draw(image, rows, columns, path, generator, mean):
-    """Save a sheet with a row for each name in rows, the image and `columns` draws, there and as SVG beside it.
-    image: uint8 (3, H, W)."""
+    """Save a sheet with a row for each name in rows, the image and `columns` draws, to path, a Path, and as
+    SVG beside it. image: uint8 (3, H, W); mean: as for parse."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * (columns + 1), 1.45 * len(rows)), layout="constrained")
@@ -559,7 +553,7 @@ def main():
     out = Path("figures/augmentation.png")
     parser.add_argument("--out", type=Path, default=out, help="the first sheet (default: %(default)s)")
     parser.add_argument("--index", type=int, default=0, help="which image of the train split (default: 0)")
-    parser.add_argument("--seed", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=8, help="of the draws (default: %(default)s)")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
@@ -572,7 +566,7 @@ def main():
     image, generator = dataset.train.images[args.index], torch.Generator().manual_seed(args.seed)
     draw(image, ["cutout", "autoaugment", "jitter"], 3, args.out, generator, dataset.mean)  # as on the slides
     every = args.out.with_stem(args.out.stem + "-all")
-    draw(image, [name for name in NAMES if name != "none"], 8, every, generator, dataset.mean)
+    draw(image, NAMES[1:], 8, every, generator, dataset.mean)  # all but none
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ def test_names_are_parsed_in_order_and_hybrid_has_two_streams():
 
 
 class Watch(TorchDispatchMode):
-    """Counts copies from the CPU to "meta", a device without data: reading from it raises. float64 on it does, too."""
+    """Counts copies from the CPU to "meta", a device without data: reading it raises, and so does float64."""
 
     copies = 0
 
