@@ -1,29 +1,33 @@
-"""Random augmentation of whole batches, every image with parameters of its own, on any device.
+"""Random augmentation of image batches: separate parameters for every image, on any device.
 
-torchvision's augmentations, exact, but batched. Needs nothing but torch (AutoAugment reads its policy from
+torchvision's augmentations, a whole batch at a time. Needs only torch (AutoAugment reads its policy from
 torchvision): copy this file into your own project.
 
     import torch, augment
     generator = torch.Generator().manual_seed(1)
-    images = augment.random_rotation(images, generator)  # uint8 (N, 3, H, W) in, the same out
+    images = augment.random_rotation(images, generator)  # uint8 (N, 3, H, W) in and out
 
-    python augment.py --data synthetic --out figures/augmentation.png  # see what each one does
+    python augment.py --data synthetic --out figures/augmentation.png  # pictures of what each one does
+
+The last line needs the whole project and matplotlib. It draws the slides' three augmentations, and on a
+second sheet, <out>-all.png (figures/augmentation-all.png), every augmentation.
 
 Each augmentation has two halves: a pure function of images and per-image parameters (`rotate`), and a
-wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H and W,
-contiguous or channels_last, and come out as new ones of the same layout. Parameters are drawn on the
-generator's device: a generator on the CPU gives the same augmentation wherever the images are, and keeps
-the GPU from waiting for the host; jitter and autoaugment sort the images by operation, on the CPU.
+wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H
+and W, contiguous or channels_last, and come out as new ones of the same layout; others raise TypeError.
+Parameters are best on the CPU, and so is the generator that draws them: results are then the same on every
+device, up to rounding, and no device synchronization is needed. Parameters on another device work, but are
+copied to the CPU where float64 (MPS has none) or sorting is needed: affine maps, jitter, autoaugment.
 """
 
 import functools
 import math
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-BLOCK = {"cpu": 128}  # images computed on in floats at a time: what a CPU's cache holds
-GPU_BLOCK = 8192
+CPU_BLOCK, GPU_BLOCK = 128, 8192  # images computed in floats at a time, to fit into a cache
 
 
 # Geometry
@@ -32,58 +36,67 @@ GPU_BLOCK = 8192
 def flip(images, flipped):
     """Mirror left-right the images where flipped, bool (N,), is true."""
     _check(images)
-    return _change(images, images.flip(-1).bitwise_xor_(images), flipped.view(-1, 1, 1, 1))
+    return _change(images, images.flip(-1).bitwise_xor_(images), _per_image(flipped, images))
 
 
 def rotate(images, degrees):
-    """Rotate counter-clockwise about the centre by degrees (N,); nearest pixel, black outside."""
-    turn = -torch.deg2rad(degrees.double())
-    cos, sin, zero = turn.cos(), turn.sin(), torch.zeros_like(turn)
-    return _affine(images, (cos, sin, zero), (-sin, cos, zero))
+    """Rotate counter-clockwise about the centre by degrees, float (N,); nearest pixel, black outside."""
+    zero = torch.zeros_like(degrees)
+    return _affine(images, _matrices(images, degrees, zero, zero, zero, zero))
 
 
 def shear(images, x, y):
-    """Shift each row by x (N,) times its height, each column by y (N,) times its place, from the top left
-    corner; nearest pixel, black outside. The x of torchvision's affine is atan(x), in degrees."""
-    x, y = x.double(), y.double()
-    one = torch.ones_like(x)
-    return _affine(images, (one, x, x * images.shape[2] / 2), (y, one, y * images.shape[3] / 2))
+    """Shift each row left by x times its distance from the top, and each column up by y times its distance
+    from the left, x and y float (N,); nearest pixel, black outside. torchvision's affine takes atan(x) in
+    degrees."""
+    zero = torch.zeros_like(x)
+    return _affine(images, _matrices(images, zero, x, y, zero, zero))
 
 
 def translate(images, x, y):
-    """Move by x, y (N,) pixels to the right and down; nearest pixel, black outside."""
-    x, y = x.double(), y.double()
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
-    return _affine(images, (one, zero, -x), (zero, one, -y))
+    """Move right by x and down by y, float (N,) in pixels; nearest pixel, black outside."""
+    zero = torch.zeros_like(x)
+    return _affine(images, _matrices(images, zero, zero, zero, x, y))
 
 
-def _affine(images, x_row, y_row):
-    """Take pixel (x, y) from (a x + b y + c, d x + e y + f), counted from the centre. rows: 3 times (N,).
+def _matrices(images, degrees, shear_x, shear_y, x, y):
+    """Affine maps from a pixel to the place it is taken from, in grid_sample's units: float32 (..., 6), from
+    float64 on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
+    _check(images)
+    height, width = images.shape[2:]
+    degrees, shear_x, shear_y, x, y = (p.cpu().double() for p in (degrees, shear_x, shear_y, x, y))
+    turn = -torch.deg2rad(degrees)
+    cos, sin = turn.cos(), turn.sin()
+    x_row = (cos, sin + shear_x, shear_x * height / 2 - x)
+    y_row = (shear_y - sin, cos, shear_y * width / 2 - y)
+    return torch.stack([*x_row, *y_row], -1).float() / torch.tensor([width / 2] * 3 + [height / 2] * 3)
 
-    The arithmetic is torchvision's, down to its order: half of all ties in rounding hang on it.
+
+def _affine(images, matrices):
+    """Take each pixel from where matrices, float (N, 6), say; nearest pixel, black outside.
+
+    The arithmetic is torchvision's, down to its order: it decides half of all ties in rounding.
     """
     height, width = images.shape[2:]
-    pixel = {"dtype": torch.float32, "device": images.device}
-    base = torch.ones(3, height, width, **pixel)
-    base[0] = torch.linspace(-width * 0.5 + 0.5, width * 0.5 - 0.5, width, **pixel)
-    base[1] = torch.linspace(-height * 0.5 + 0.5, height * 0.5 - 0.5, height, **pixel)[:, None]
-    theta = torch.stack([torch.stack(x_row, 1), torch.stack(y_row, 1)], 1).to(**pixel)  # (N, 2, 3)
-    theta = theta / torch.tensor([[0.5 * width], [0.5 * height]], **pixel)
+    base = torch.ones(3, height, width, device=images.device)
+    base[0] = torch.linspace(-width * 0.5 + 0.5, width * 0.5 - 0.5, width, device=images.device)
+    base[1] = torch.linspace(-height * 0.5 + 0.5, height * 0.5 - 0.5, height, device=images.device)[:, None]
     base = base.flatten(1)
 
-    def sample(images, theta):
-        grid = theta.bmm(base.expand(len(images), -1, -1)).view(-1, 2, height, width).permute(0, 2, 3, 1)
-        pixels = F.grid_sample(
-            images.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
-        )
-        return pixels.to(torch.int16)
+    def sample(images, matrices):
+        grid = matrices.view(-1, 2, 3).bmm(base.expand(len(images), -1, -1))
+        grid = grid.view(-1, 2, height, width).permute(0, 2, 3, 1)  # (N, H, W, 2)
+        return F.grid_sample(images.float(), grid, mode="nearest", align_corners=False).to(torch.int16)
 
-    return _in_blocks(sample, images, theta)
+    return _in_blocks(sample, images, _upload(matrices, images.device))
 
 
 def crop(images, top, left, height, width):
-    """Cut a box out of each image, (N,) in pixels, and stretch it to the whole; bilinear."""
-
+    """Cut a box out of each image and stretch it to the size of the image; bilinear. top..width: float (N,),
+    whole pixels."""
+    _check(images)
+    boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
+    top, left, height, width = boxes
     across, down = _stretch(left, width, images.shape[3]), _stretch(top, height, images.shape[2])
 
     def sample(images, across, down):
@@ -96,29 +109,31 @@ def crop(images, top, left, height, width):
 
 
 def _stretch(start, length, size):
-    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it: float
-    (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
+    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it:
+    float (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
     places = torch.arange(size, device=start.device) + 0.5
-    start, length = start[:, None].float(), length[:, None].float()
+    start, length = start[:, None], length[:, None]
     source = (places * (length / size)).clamp(min=0.5).minimum(length - 0.5) + start
     return source * (2 / size) - 1
 
 
 def erase(images, top, left, height, width, fill):
-    """Fill one rectangle an image. top..width: (N,) in pixels; height = 0 leaves an image as it is; fill:
-    uint8 (3,)."""
+    """Fill one rectangle of each image. top..width: float (N,), whole pixels; height = 0 leaves an image as
+    it is; fill: uint8 (3,)."""
     _check(images)
+    boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
+    top, left, height, width = boxes[:, :, None]  # each (N, 1)
     rows = torch.arange(images.shape[2], device=images.device)
     cols = torch.arange(images.shape[3], device=images.device)
-    inside_rows = (rows >= top[:, None]) & (rows < (top + height)[:, None])  # (N, H)
-    inside_cols = (cols >= left[:, None]) & (cols < (left + width)[:, None])  # (N, W)
+    inside_rows = (rows >= top) & (rows < top + height)  # (N, H)
+    inside_cols = (cols >= left) & (cols < left + width)  # (N, W)
     inside = inside_rows[:, None, :, None] & inside_cols[:, None, None, :]  # (N, 1, H, W)
-    return _change(images, images ^ fill.view(1, -1, 1, 1), inside)
+    return _change(images, images ^ _upload(fill, images.device).view(1, -1, 1, 1), inside)
 
 
 def _change(images, difference, chosen):
-    """images ^ difference where chosen, bool, is true; overwrites difference. Bit by bit, since a CPU does a
-    `where` on bytes three times as slowly."""
+    """images ^ difference where chosen, bool, is true; overwrites difference. Bit by bit, since a `where` on
+    bytes takes a CPU several times as long."""
     mask = chosen.to(torch.uint8).neg_()  # minus 1 is 255: every bit
     return difference.bitwise_and_(mask).bitwise_xor_(images)
 
@@ -127,22 +142,27 @@ def _change(images, difference, chosen):
 
 
 def brightness(images, factor):
-    """Scale by factor (N,): 0 is black, 1 the image itself."""
+    """Scale by factor, float (N,): 0 is black, 1 the image itself."""
+    _check(images)
     return _blend(images, 0, factor)
 
 
 def contrast(images, factor):
-    """Away from the mean of the grey image by factor (N,): 0 is plain grey."""
+    """Scale the difference from the mean of the grey image by factor, float (N,): 0 is plain grey."""
+    _check(images)
     return _blend(images, _grey(images).mean((2, 3), keepdim=True), factor)
 
 
 def saturation(images, factor):
-    """Away from the grey image by factor (N,): 0 is grey."""
+    """Scale the difference from the grey image by factor, float (N,): 0 is grey."""
+    _check(images)
     return _blend(images, _grey(images), factor)
 
 
 def sharpness(images, factor):
-    """Away from the image smoothed by a 3x3 kernel, factor (N,): 0 is smooth. Its border stays as it is."""
+    """Scale the difference from the image smoothed by a 3x3 kernel by factor, float (N,): 0 is smooth. The
+    border stays as it is."""
+    _check(images)
     if min(images.shape[2:]) <= 2:
         return images.clone()
     kernel = torch.ones(3, 1, 3, 3, device=images.device)
@@ -153,7 +173,8 @@ def sharpness(images, factor):
 
 
 def _blend(images, other, factor):
-    factor = factor.float().view(-1, 1, 1, 1)
+    """other + factor * (images - other), as uint8."""
+    factor = _per_image(factor.float(), images)
     return _bytes((images * factor).add_(other * (1 - factor)).clamp_(0, 255))
 
 
@@ -164,59 +185,63 @@ def _grey(images):
 
 
 def hue(images, shift):
-    """Turn the hue by shift (N,), in turns of the colour circle, in HSV (Smith, 1978)."""
+    """Turn the hue by shift, float (N,), in turns of the colour circle, in HSV (Smith, 1978)."""
+    _check(images)
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks by arithmetic, since a comparison or a `where` takes
-    # a CPU four times as long: values are whole, so that the largest channel is the one less than 1 below.
+    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks by arithmetic, since a comparison or a `where`
+    # takes a CPU several times as long: values are whole, and the largest channel is less than 1 below value.
     not_red = (value - red).clamp_(max=1)
     is_green = (1 - (value - green).clamp_(max=1)).mul_(not_red)
     is_blue = not_red - is_green
-    sixths = (
-        (green - blue).mul_(1 - not_red).add_((blue - red).mul_(is_green)).add_((red - green).mul_(is_blue))
-    )
+    sixths = (green - blue).mul_(1 - not_red)
+    sixths = sixths.add_((blue - red).mul_(is_green)).add_((red - green).mul_(is_blue))
     sixths = sixths.div_(chroma.clamp(min=1)) + 2 * is_green + 4 * is_blue
-    sixths = sixths.add_(6 * shift.float().view(-1, 1, 1))
+    sixths = sixths.add_(6 * _per_image(shift.float(), images)[:, 0])
     out = torch.empty_like(images)
     for channel, offset in enumerate((5, 3, 1)):
         k = sixths + offset
         k -= 6 * (k / 6).floor_()
         k = torch.minimum(k, 4 - k).clamp_(0, 1)
-        out[:, channel] = _bytes((value - chroma * k).mul_(255.999 / 255))  # torchvision's way back to bytes
+        out[:, channel] = _bytes((value - chroma * k).mul_(255.999 / 255))  # as torchvision converts to bytes
     return out
 
 
 def jitter(images, order, factors):
     """Brightness, contrast, saturation and hue of each image by factors, float (N, 4), in the order of its
-    own permutation of these four, int64 (N, 4), on the CPU."""
-    pixels = images.contiguous()
-    for operations in order.unbind(1):
-        pixels = _by_operation(pixels, operations, factors, JITTER)
-    return torch.empty_like(images).copy_(pixels)
+    own permutation of these four, int64 (N, 4)."""
+    _check(images)
+    order, factors = order.cpu(), factors.cpu().float()
+    return _in_rounds(images, order, factors.gather(1, order), (brightness, contrast, saturation, hue))
 
 
 # The operations of AutoAugment that are not above
 
 
 def posterize(images, bits):
-    """Keep the upper bits (N,) of every value."""
-    mask = 256 - 2 ** (8 - bits.int())
-    return images & mask.to(torch.uint8).view(-1, 1, 1, 1)
+    """Keep the upper bits (N,), in 0..8, of every value."""
+    _check(images)
+    mask = 256 - 2 ** (8 - _per_image(bits.int(), images))
+    return images & mask.to(torch.uint8)
 
 
 def solarize(images, threshold):
     """Invert the values from threshold (N,) on."""
-    bright = images >= threshold.view(-1, 1, 1, 1)
+    _check(images)
+    bright = images >= _per_image(threshold, images)
     return images ^ bright.to(torch.uint8).neg_()
 
 
 def invert(images):
+    """255 minus every value."""
+    _check(images)
     return 255 - images
 
 
 def autocontrast(images):
     """Stretch each channel of each image to 0..255."""
+    _check(images)
     low, high = (bound((2, 3), keepdim=True).float() for bound in (images.amin, images.amax))
     flat = low == high
     scale = 255 / (high - low).masked_fill_(flat, 255)
@@ -225,6 +250,7 @@ def autocontrast(images):
 
 def equalize(images):
     """Flatten the histogram of each channel of each image."""
+    _check(images)
     values = images.flatten(2).long()  # (N, 3, H * W)
     histogram = torch.zeros(*values.shape[:2], 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, values, torch.ones_like(values))
@@ -237,77 +263,62 @@ def equalize(images):
     return torch.empty_like(images).copy_(table.gather(2, values).view(images.shape))
 
 
-JITTER = (brightness, contrast, saturation, hue)
-
-# name: (function of images and magnitude, the ten magnitudes for height and width, has a random sign)
-# Cubuk et al., 2019, arXiv:1805.09501; the magnitudes are those of torchvision's AutoAugment.
+# The operations of AutoAugment, Cubuk et al., 2019, arXiv:1805.09501, with torchvision's magnitudes. name:
+# (function of images i and parameters p (n, 6), the ten magnitudes for height and width, whether the sign is
+# random). The first five are affine, and one group: p is their matrices. Otherwise p[:, 0] is the magnitude.
+AFFINE = 5
 OPERATIONS = {
-    "ShearX": (
-        lambda images, m: shear(images, m, torch.zeros_like(m)),
-        lambda h, w: torch.linspace(0, 0.3, 10),
-        True,
-    ),
-    "ShearY": (
-        lambda images, m: shear(images, torch.zeros_like(m), m),
-        lambda h, w: torch.linspace(0, 0.3, 10),
-        True,
-    ),
-    "TranslateX": (
-        lambda images, m: translate(images, m.trunc(), torch.zeros_like(m)),
-        lambda h, w: torch.linspace(0, 150 / 331 * w, 10),
-        True,
-    ),
-    "TranslateY": (
-        lambda images, m: translate(images, torch.zeros_like(m), m.trunc()),
-        lambda h, w: torch.linspace(0, 150 / 331 * h, 10),
-        True,
-    ),
-    "Rotate": (rotate, lambda h, w: torch.linspace(0, 30, 10), True),
-    "Brightness": (
-        lambda images, m: brightness(images, 1 + m),
-        lambda h, w: torch.linspace(0, 0.9, 10),
-        True,
-    ),
-    "Color": (lambda images, m: saturation(images, 1 + m), lambda h, w: torch.linspace(0, 0.9, 10), True),
-    "Contrast": (lambda images, m: contrast(images, 1 + m), lambda h, w: torch.linspace(0, 0.9, 10), True),
-    "Sharpness": (lambda images, m: sharpness(images, 1 + m), lambda h, w: torch.linspace(0, 0.9, 10), True),
-    "Posterize": (posterize, lambda h, w: 8 - (torch.arange(10) / 2.25).round(), False),
-    "Solarize": (solarize, lambda h, w: torch.linspace(255, 0, 10), False),
-    "AutoContrast": (lambda images, m: autocontrast(images), lambda h, w: torch.zeros(10), False),
-    "Equalize": (lambda images, m: equalize(images), lambda h, w: torch.zeros(10), False),
-    "Invert": (lambda images, m: invert(images), lambda h, w: torch.zeros(10), False),
+    "ShearX": (_affine, lambda h, w: torch.linspace(0, 0.3, 10), True),
+    "ShearY": (_affine, lambda h, w: torch.linspace(0, 0.3, 10), True),
+    "TranslateX": (_affine, lambda h, w: torch.linspace(0, 150 / 331 * w, 10), True),
+    "TranslateY": (_affine, lambda h, w: torch.linspace(0, 150 / 331 * h, 10), True),
+    "Rotate": (_affine, lambda h, w: torch.linspace(0, 30, 10), True),
+    "Brightness": (lambda i, p: brightness(i, 1 + p[:, 0]), lambda h, w: torch.linspace(0, 0.9, 10), True),
+    "Color": (lambda i, p: saturation(i, 1 + p[:, 0]), lambda h, w: torch.linspace(0, 0.9, 10), True),
+    "Contrast": (lambda i, p: contrast(i, 1 + p[:, 0]), lambda h, w: torch.linspace(0, 0.9, 10), True),
+    "Sharpness": (lambda i, p: sharpness(i, 1 + p[:, 0]), lambda h, w: torch.linspace(0, 0.9, 10), True),
+    "Posterize": (lambda i, p: posterize(i, p[:, 0]), lambda h, w: torch.linspace(8, 4, 10).round(), False),
+    "Solarize": (lambda i, p: solarize(i, p[:, 0]), lambda h, w: torch.linspace(255, 0, 10), False),
+    "AutoContrast": (lambda i, p: autocontrast(i), lambda h, w: torch.zeros(10), False),
+    "Equalize": (lambda i, p: equalize(i), lambda h, w: torch.zeros(10), False),
+    "Invert": (lambda i, p: invert(i), lambda h, w: torch.zeros(10), False),
 }
 
 
 def autoaugment(images, operations, magnitudes):
-    """Two operations after each other. operations: int64 (N, 2) on the CPU, places in OPERATIONS, -1 is none;
+    """Two operations after each other. operations: int64 (N, 2), positions in OPERATIONS, -1 for none;
     magnitudes: float (N, 2), signed."""
+    operations, magnitudes = operations.cpu(), magnitudes.cpu()
+    shear_x, shear_y, x, y, degrees = (magnitudes * (operations == number) for number in range(AFFINE))
+    parameters = _matrices(images, degrees, shear_x, shear_y, x.trunc(), y.trunc())  # (N, 2, 6)
+    parameters[..., 0] = torch.where(operations < AFFINE, parameters[..., 0], magnitudes)
+    functions = [_affine, *(function for function, *_ in list(OPERATIONS.values())[AFFINE:])]
+    groups = torch.where(operations < 0, -1, (operations - AFFINE + 1).clamp(min=0))  # positions in functions
+    return _in_rounds(images, groups, parameters, functions)
+
+
+def _in_rounds(images, operations, parameters, functions):
+    """Pass each image through one of functions in each of R rounds. operations: int64 (N, R), positions in
+    functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. A round sorts
+    the images by operation: writing each group to its scattered rows takes a CPU ten times as long."""
+    counts = [torch.bincount(column + 1, minlength=len(functions) + 1).tolist() for column in operations.T]
+    order = operations.argsort(0)  # (N, R), of a round: the images sorted by operation
+    place = order.argsort(0)  # (N, R), of a round: where each image is then
+    between = place[:, :-1].gather(0, order[:, 1:])  # from the order of a round to that of the next
+    moves = _upload(torch.cat([order[:, :1], between, place[:, -1:]], 1), images.device)  # (N, R + 1)
+    parameters = _upload(parameters[order, torch.arange(order.shape[1])], images.device)
     pixels = images.contiguous()
-    functions = [function for function, *_ in OPERATIONS.values()]
-    for half in range(2):
-        each = magnitudes[:, half : half + 1].expand(-1, len(functions))
-        pixels = _by_operation(pixels, operations[:, half], each, functions)
-    return torch.empty_like(images).copy_(pixels)
-
-
-def _by_operation(images, operations, parameters, functions):
-    """Pass each image through the one of functions that operations (N,) names, -1 for none; each function gets
-    its column of parameters (N, len(functions)). Both on the CPU. Sorting the images by operation and back
-    takes two copies; writing each group to its scattered rows takes a CPU ten times as long."""
-    order = operations.argsort()
-    counts = torch.bincount(operations + 1, minlength=len(functions) + 1).tolist()
-    groups = images.index_select(0, order.to(images.device)).split(counts)
-    rows = order.split(counts)
-    done = [groups[0]]
-    for number, function in enumerate(functions):
-        if counts[number + 1]:
-            parameter = parameters[rows[number + 1], number].to(images.device)
-            done.append(_in_blocks(function, groups[number + 1], parameter))
-    return torch.cat(done).index_select(0, order.argsort().to(images.device))
+    for number, count in enumerate(counts):
+        pixels = pixels.index_select(0, moves[:, number])
+        _, *groups = pixels.split(count)
+        _, *group_parameters = parameters[:, number].split(count)
+        for function, group, parameter in zip(functions, groups, group_parameters, strict=True):
+            _in_blocks(function, group, parameter, out=group)
+    return torch.empty_like(images).copy_(pixels.index_select(0, moves[:, -1]))
 
 
 def _bytes(pixels):
-    """Floats in 0..255 cut off to uint8; by way of int16, which a CPU does several times faster."""
+    """Floats in 0..255 truncated to uint8; through int16, since that takes a CPU two thirds of the time."""
     return pixels.to(torch.int16).to(torch.uint8)
 
 
@@ -316,12 +327,23 @@ def _check(images):
         raise TypeError(f"images must be uint8 (N, 3, H, W), these are {images.dtype} {tuple(images.shape)}")
 
 
-def _in_blocks(function, images, *parameters):
-    """function(images, *parameters), uint8 or whole int16 in 0..255, as uint8 in the layout of images, computed on
-    some of them at a time: floats take four times the memory, and a CPU's cache is small."""
-    _check(images)
-    out = torch.empty_like(images)
-    size = BLOCK.get(images.device.type, GPU_BLOCK)
+def _upload(parameters, device):
+    """parameters on device, without a device synchronization: CUDA needs pinned memory for that."""
+    if device.type == "cuda" and parameters.device.type == "cpu":
+        return parameters.contiguous().pin_memory().to(device, non_blocking=True)
+    return parameters.to(device)
+
+
+def _per_image(parameter, images):
+    """A parameter (N,) on the device of images, as (N, 1, 1, 1)."""
+    return _upload(parameter, images.device).view(-1, 1, 1, 1)
+
+
+def _in_blocks(function, images, *parameters, out=None):
+    """function(images, *parameters), uint8 or whole int16 in 0..255, for some images at a time: floats take
+    four times the memory, and a CPU's cache is small. Returns out, which may be images, or a new tensor."""
+    out = torch.empty_like(images) if out is None else out
+    size = CPU_BLOCK if images.device.type == "cpu" else GPU_BLOCK
     for start in range(0, len(images), size):
         block = slice(start, start + size)
         out[block] = function(images[block], *(parameter[block] for parameter in parameters))
@@ -342,20 +364,19 @@ def _randint(generator, high):
 
 def random_flip(images, generator, p=0.5):
     """torchvision's RandomHorizontalFlip(p)."""
-    flipped = _uniform(generator, 0, 1, len(images)) < p
-    return flip(images, flipped.to(images.device))
+    return flip(images, _uniform(generator, 0, 1, len(images)) < p)
 
 
 def random_rotation(images, generator, degrees=15):
     """torchvision's RandomRotation(degrees)."""
-    return rotate(images, _uniform(generator, -degrees, degrees, len(images)).to(images.device))
+    return rotate(images, _uniform(generator, -degrees, degrees, len(images)))
 
 
 def random_translation(images, generator, most=4):
-    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most` whole
-    pixels each way, black outside."""
+    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most`
+    whole pixels in each direction, black outside."""
     x, y = _uniform(generator, 0, 2 * most + 1, 2, len(images)).floor() - most
-    return translate(images, x.to(images.device), y.to(images.device))
+    return translate(images, x, y)
 
 
 def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
@@ -365,8 +386,7 @@ def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4
     widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     box_height, box_width, found = _first(fits, heights, widths)
-    middle_width = min(width, round(height * ratio[1])) if width > height * ratio[1] else width
-    middle_height = min(height, round(width / ratio[0])) if width < height * ratio[0] else height
+    middle_height, middle_width = round(min(height, width / ratio[0])), round(min(width, height * ratio[1]))
     box_height = torch.where(found, box_height, middle_height)
     box_width = torch.where(found, box_width, middle_width)
     top = _randint(generator, height - box_height + 1)
@@ -390,8 +410,8 @@ def _first(fits, *values):
 
 def random_crop(images, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3)):
     """torchvision's RandomResizedCrop(size, scale, ratio), where size is that of the images."""
-    boxes = draw_crop(len(images), *images.shape[2:], generator, scale, ratio)
-    return crop(images, *(side.to(images.device) for side in boxes))
+    _check(images)
+    return crop(images, *draw_crop(len(images), *images.shape[2:], generator, scale, ratio))
 
 
 def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), tries=10):
@@ -408,11 +428,13 @@ def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio
 
 def random_cutout(images, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), fill=(0, 0, 0)):
     """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. The mean
-    colour of the data is what RandomErasing(value=0) is after normalisation. Cutout: DeVries and Taylor, 2017,
-    arXiv:1708.04552."""
+    colour of the data is what RandomErasing(value=0) is after normalisation. Cutout: DeVries and Taylor,
+    2017, arXiv:1708.04552."""
+    _check(images)
     boxes = draw_cutout(len(images), *images.shape[2:], generator, p, scale, ratio)
-    fill = torch.tensor(fill, dtype=torch.uint8, device=images.device)
-    return erase(images, *(side.to(images.device) for side in boxes), fill)
+    # torch.tensor(fill, device=...) would be a device synchronization
+    colour = [torch.full((), value, dtype=torch.uint8, device=images.device) for value in fill]
+    return erase(images, *boxes, torch.stack(colour))
 
 
 def draw_jitter(count, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1):
@@ -425,14 +447,13 @@ def draw_jitter(count, generator, brightness=0.4, contrast=0.4, saturation=0.4, 
 
 def random_jitter(images, generator, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1):
     """torchvision's ColorJitter(brightness, contrast, saturation, hue), for strengths up to 1 (hue: 0.5)."""
-    order, factors = draw_jitter(len(images), generator, brightness, contrast, saturation, hue)
-    return jitter(images, order.cpu(), factors.cpu())
+    return jitter(images, *draw_jitter(len(images), generator, brightness, contrast, saturation, hue))
 
 
 @functools.cache
 def _policy(height, width):
-    """The 25 sub-policies for CIFAR-10: of both halves the place in OPERATIONS, the probability, the magnitude
-    and whether it has a sign, each (25, 2)."""
+    """The 25 sub-policies for CIFAR-10: of both operations the position in OPERATIONS, the probability, the
+    magnitude and whether its sign is random, each (25, 2), on the CPU."""
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
     names, rows = list(OPERATIONS), []
@@ -446,19 +467,19 @@ def _policy(height, width):
 
 
 def draw_autoaugment(count, height, width, generator):
-    """Operations, int64 (N, 2), -1 where one is not applied, and magnitudes, float (N, 2)."""
-    operations, probabilities, magnitudes, signed = (t.to(generator.device) for t in _policy(height, width))
-    chosen = (_uniform(generator, 0, 1, count) * len(operations)).long().clamp_(max=len(operations) - 1)
-    applied = _uniform(generator, 0, 1, count, 2) <= probabilities[chosen]
-    negative = (_uniform(generator, 0, 1, count, 2) < 0.5) & signed[chosen]
+    """Operations, int64 (N, 2), -1 where none is applied, and magnitudes, float (N, 2), both on the CPU."""
+    operations, probabilities, magnitudes, signed = _policy(height, width)
+    chosen = (_uniform(generator, 0, 1, count).cpu() * len(operations)).long().clamp_(max=len(operations) - 1)
+    applied = _uniform(generator, 0, 1, count, 2).cpu() <= probabilities[chosen]
+    negative = (_uniform(generator, 0, 1, count, 2).cpu() < 0.5) & signed[chosen]
     operation = torch.where(applied, operations[chosen], -1)
     return operation, torch.where(negative, -magnitudes[chosen], magnitudes[chosen])
 
 
 def random_autoaugment(images, generator):
     """torchvision's AutoAugment(AutoAugmentPolicy.CIFAR10), with its nearest pixels and black outside."""
-    operations, magnitudes = draw_autoaugment(len(images), *images.shape[2:], generator)
-    return autoaugment(images, operations.cpu(), magnitudes.cpu())
+    _check(images)
+    return autoaugment(images, *draw_autoaugment(len(images), *images.shape[2:], generator))
 
 
 # By name
@@ -493,36 +514,30 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
         known = f"{', '.join(NAMES)}, or join several of {', '.join(AUGMENTATIONS)} with +"
         raise ValueError(f"unknown augmentation {unknown[0]!r}: choose from {known}")
     fill = tuple(round(255 * value) for value in mean)
-    return [
-        [
-            functools.partial(random_cutout, fill=fill) if part == "cutout" else AUGMENTATIONS[part]
-            for part in name.split("+")
-        ]
-    ]
+    functions = AUGMENTATIONS | {"cutout": functools.partial(random_cutout, fill=fill)}
+    return [[functions[part] for part in name.split("+")]]
 
 
 # Pictures: what each augmentation does to one image
 
 
 def draw(image, rows, columns, path, generator, mean):
-    """Save a sheet with a row for each name in rows, the image and `columns` draws, there and as SVG beside it.
-    image: uint8 (3, H, W)."""
+    """Save a sheet with a row for each name in rows, the image and `columns` draws, to path, a Path, and as
+    SVG beside it. image: uint8 (3, H, W); mean: as for parse."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * (columns + 1), 1.45 * len(rows)), layout="constrained")
-    for line, (name, axes) in enumerate(
-        zip(rows, figure.subplots(len(rows), columns + 1, squeeze=False), strict=True)
-    ):
+    axes = figure.subplots(len(rows), columns + 1, squeeze=False)
+    for name, line in zip(rows, axes, strict=True):
         drawn = image.expand(columns, -1, -1, -1)
         for function in parse(name, mean)[-1]:
             drawn = function(drawn, generator)
-        for column, (ax, pixels) in enumerate(zip(axes, [image, *drawn], strict=True)):
+        for ax, pixels in zip(line, [image, *drawn], strict=True):
             ax.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            if column == 0:
-                ax.set_ylabel(name, fontsize=11)
-            if line == 0:
-                ax.set_title("original" if column == 0 else f"draw {column}", fontsize=11)
+        line[0].set_ylabel(name, fontsize=11)
+    for column, ax in enumerate(axes[0]):
+        ax.set_title(f"draw {column}" if column else "original", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
@@ -530,34 +545,36 @@ def draw(image, rows, columns, path, generator, mean):
 
 
 def main():
-    from pathlib import Path
-
     import data  # only for this script's own pictures: the rest of the file stands alone
+    import runs
 
-    parser = data.runs.new_parser(__doc__)
+    parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path, default=Path("figures/augmentation.png"), help="(default: %(default)s)"
-    )
+    out = Path("figures/augmentation.png")
+    parser.add_argument("--out", type=Path, default=out, help="the first sheet (default: %(default)s)")
     parser.add_argument("--index", type=int, default=0, help="which image of the train split (default: 0)")
-    parser.add_argument("--seed", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=8, help="of the draws (default: %(default)s)")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise RuntimeError("pictures need matplotlib: pip install matplotlib") from None
     dataset = data.load(args.data, args.root, args.fraction, args.classes)
-    if not 0 <= args.index < len(dataset.train.images):
-        raise ValueError(
-            f"--index {args.index}: {dataset.name} has images 0 to {len(dataset.train.images) - 1}"
-        )
+    count = len(dataset.train.images)
+    if not 0 <= args.index < count:
+        raise ValueError(f"--index {args.index}: {dataset.name} has images 0 to {count - 1}")
     image, generator = dataset.train.images[args.index], torch.Generator().manual_seed(args.seed)
     draw(image, ["cutout", "autoaugment", "jitter"], 3, args.out, generator, dataset.mean)  # as on the slides
     every = args.out.with_stem(args.out.stem + "-all")
-    draw(image, [name for name in NAMES if name != "none"], 8, every, generator, dataset.mean)
+    draw(image, NAMES[1:], 8, every, generator, dataset.mean)  # all but none
 
 
 if __name__ == "__main__":
-    from runs import command_line
+    try:
+        from runs import command_line
+    except ImportError:
+        raise SystemExit(
+            "augment.py: error: pictures need data.py and runs.py of this project beside it"
+        ) from None
 
     command_line(main)

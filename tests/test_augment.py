@@ -1,4 +1,5 @@
 import ctypes
+import inspect
 import math
 import os
 import re
@@ -11,6 +12,8 @@ import pytest
 import torch
 from conftest import HOUSE
 from scipy import stats
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms
 from torchvision.transforms import functional as oracle
 
@@ -398,6 +401,94 @@ def test_names_are_parsed_in_order_and_hybrid_has_two_streams():
             augment.parse(unknown)
 
 
+# Devices: no float64, which MPS lacks, and no device synchronization
+
+
+class Watch(TorchDispatchMode):
+    """Counts copies from the CPU to "meta", a device without data: reading it raises, and so does float64."""
+
+    copies = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        given, made = (
+            [leaf for leaf in _pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+            for tree in ((arguments, options), result)
+        )
+        assert not any(tensor.is_meta and tensor.dtype == torch.float64 for tensor in made), function
+        if any(tensor.is_meta for tensor in [*given, *made]):
+            from_python = function is torch.ops.aten.lift_fresh.default  # torch.tensor([...], device="meta")
+            self.copies += from_python or not all(tensor.is_meta for tensor in given)
+        return result
+
+
+UPLOADS = {"flip": 1, "rotation": 1, "crop": 1, "jitter": 2, "autoaugment": 2, "cutout": 1, "translate": 1}
+STREAMS = [*UPLOADS, "hybrid", "translate+autoaugment", "+".join(UPLOADS)]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_on_a_device_there_is_no_float64_no_read_and_a_copy_or_two_of_the_parameters(name, monkeypatch):
+    uploaded, upload = [], augment._upload
+
+    def counted(parameters, device):
+        uploaded.append(parameters.device != device)
+        return upload(parameters, device)
+
+    monkeypatch.setattr(augment, "_upload", counted)
+    bound = sum(UPLOADS[part] for part in name.replace("hybrid", "flip+rotation+crop+cutout").split("+"))
+    for stream in augment.parse(name, (0.5, 0.25, 1.0)):
+        images = torch.empty(2 * augment.GPU_BLOCK + 9, 3, 20, 33, dtype=torch.uint8, device="meta")
+        uploaded.clear()
+        with Watch() as watch:
+            for function in stream:
+                images = function(images, torch.Generator().manual_seed(1))
+        assert images.is_meta and images.dtype == torch.uint8
+        assert 1 <= watch.copies <= bound
+        assert watch.copies == sum(uploaded)  # each by _upload, which pins memory for CUDA
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("name", STREAMS)
+def test_on_a_gpu_there_is_no_device_synchronization(name):
+    images = torch.randint(0, 256, (3000, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    try:
+        for mode in ("default", "error"):  # the first round fills the pool of pinned memory
+            torch.cuda.set_sync_debug_mode(mode)
+            for stream in augment.parse(name, (0.5, 0.25, 1.0)):
+                augmented = images
+                for function in stream:
+                    augmented = function(augmented, torch.Generator().manual_seed(1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Wrong images
+
+
+PUBLIC = [
+    name
+    for name, function in inspect.getmembers(augment, inspect.isfunction)
+    if not name.startswith("_") and "images" in inspect.signature(function).parameters
+]
+
+
+@pytest.mark.parametrize("kind", ["one image", "grey", "float"])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_one_image_grey_images_and_floats_are_refused_by_every_augmentation(name, kind):
+    function = getattr(augment, name)
+    wrong = {
+        "one image": torch.zeros(3, 32, 32, dtype=torch.uint8),
+        "grey": torch.zeros(4, 1, 32, 32, dtype=torch.uint8),
+        "float": torch.rand(4, 3, 32, 32),
+    }[kind]
+    _, *others = inspect.signature(function).parameters.values()
+    needed = [other for other in others if other.default is other.empty]
+    arguments = [torch.Generator() if other.name == "generator" else torch.ones(4) for other in needed]
+    shown = re.escape(f"images must be uint8 (N, 3, H, W), these are {wrong.dtype} {tuple(wrong.shape)}")
+    with pytest.raises(TypeError, match=shown):
+        function(wrong, *arguments)
+
+
 def peak_memory():
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
 
@@ -418,7 +509,8 @@ def test_memory_stays_under_12_times_the_inputs_bytes(name):
 
 def test_file_works_alone_in_another_project_and_so_do_readmes_lines(tmp_path):
     shutil.copy(HOUSE / "augment.py", tmp_path)
-    (snippet,) = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
+    snippets = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
+    (snippet,) = (text for text in snippets if "import augment" in text)
     (tmp_path / "theirs.py").write_text(snippet)
     code = "from torchvision import datasets\n"
     code += (
@@ -447,7 +539,11 @@ def test_pictures_without_matplotlib_or_image_are_one_line(run, one_line):
     one_line(run(*command, "--index", 2000), 2, "--index 2000", "0 to 1999")
 
 
-@pytest.mark.parametrize("name", augment.AUGMENTATIONS)
-def test_floats_are_refused(name):
-    with pytest.raises(TypeError, match="must be uint8"):
-        augment.AUGMENTATIONS[name](torch.rand(4, 3, 32, 32), torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("folder", [True, False])
+def test_pictures_by_a_lone_copy_are_one_line_even_beside_a_folder_called_data(folder, tmp_path, one_line):
+    shutil.copy(HOUSE / "augment.py", tmp_path)
+    if folder:
+        (tmp_path / "data").mkdir()  # import data would take it for a package
+    command = [sys.executable, "augment.py", "--data", "synthetic", "--out", "x.png"]
+    process = subprocess.run(command, check=False, cwd=tmp_path, capture_output=True, text=True)
+    one_line(process, 1, "augment.py: error: pictures need data.py")

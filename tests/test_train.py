@@ -469,7 +469,12 @@ def test_no_gpu_and_no_weights_are_one_line(run, one_line, tmp_path):
 
 
 def test_no_compiler_is_one_line(run, one_line, tmp_path):
-    one_line(run("train.py", *TINY, "--compile", PATH=str(tmp_path), CXX=""), 2, "--compile needs a C++ compiler", "g++")
+    one_line(
+        run("train.py", *TINY, "--compile", PATH=str(tmp_path), CXX=""),
+        2,
+        "--compile needs a C++ compiler",
+        "g++",
+    )
 
 
 @pytest.mark.slow
@@ -482,7 +487,9 @@ def test_compiled_runs_repeat_and_resume_with_the_same_bits(tiny, run, tmp_path)
     assert "resuming after epoch 1" in run(*command, "--out", "c").stdout
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert_same_bits(tmp_path / "a", tmp_path / "c")
-    model = models.load(next(tmp_path.rglob("a/*/seed1.pt")))  # names of weights are those of the plain network
+    model = models.load(
+        next(tmp_path.rglob("a/*/seed1.pt"))
+    )  # names of weights are those of the plain network
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 

@@ -530,3 +530,20 @@ def test_guarantees_name_tests_that_are_there():
     assert len(names) > 20
     for name, more in names:
         assert f"def {name}{'' if more else '('}" in tests, name
+
+
+def test_readmes_snippets_classify_an_image_and_train_from_a_notebook(run, tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
+    (classify,) = (text for text in snippets if "models.load" in text)
+    (notebook,) = (text for text in snippets if "run_seeds" in text)
+    notebook = notebook.replace('"--epochs", "1"', '"--epochs", "1", "--fraction", "0.01", "--root", "root"')
+    Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
+    code = f"import sys; sys.path.insert(0, {str(HOUSE)!r})\n{notebook}\nprint(results[1]['test'])\n"
+    code += classify.replace(
+        "results/custom-none/seed1.pt", "results/custom-none-synthetic-p0.01-epochs1/seed1.pt"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.split()[-2] in data.CLASSES and 0 < float(shown.stdout.split()[-1]) <= 1
