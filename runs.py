@@ -20,8 +20,6 @@ import platform
 import signal
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -49,31 +47,12 @@ NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device"
 
 # How a setting that differs from its default shows in a run's name, in this order: a tag, then the value
 TAGS = {
-    "data": "",
-    "classes": "only-",
-    "fraction": "p",
-    "epochs": "epochs",
-    "batch_size": "batch",
-    "steps_per_epoch": "steps",
-    "lr": "lr",
-    "optimizer": "",
-    "momentum": "momentum",
-    "weight_decay": "wd",
-    "dropout": "dropout",
-    "pretrained": "pretrained",
-    "stem": "stem-",
-    "schedule": "",
-    "label_smoothing": "smooth",
-    "amp": "amp-",
-    "compile": "compiled",
-    "way": "way",
-    "shot": "shot",
-    "query": "query",
-    "episodes": "episodes",
-    "animals": "animals-",
-    "train_adapters": "adapters",
-    "adapter_width": "width",
-}
+    "data": "", "classes": "only-", "fraction": "p", "epochs": "epochs", "batch_size": "batch", "steps_per_epoch": "steps",
+    "lr": "lr", "optimizer": "", "momentum": "momentum", "weight_decay": "wd", "dropout": "dropout",
+    "pretrained": "pretrained", "stem": "stem-", "schedule": "", "label_smoothing": "smooth", "amp": "amp-",
+    "compile": "compiled", "way": "way", "shot": "shot", "query": "query", "episodes": "episodes",
+    "animals": "animals-", "train_adapters": "adapters", "adapter_width": "width",
+}  # fmt: skip
 
 
 # Command line
@@ -97,10 +76,8 @@ def command_line(main):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal_name = signal.Signals(stop.args[0]).name
-        print(
-            f"{name}: stopped by {signal_name}: the same command resumes from the last checkpoint",
-            file=sys.stderr,
-        )
+        advice = "the same command resumes from the last checkpoint"
+        print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("TRACEBACK"):
@@ -114,28 +91,10 @@ def _stop(number, _):
     raise Stopped(number)
 
 
-@contextlib.contextmanager
-def signals_deferred():
-    """SIGINT and SIGTERM take effect at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield
-        return
-    arrived = []
-    handlers = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        if arrived:
-            signal.raise_signal(arrived[0])
-
-
 def new_parser(doc):
     """A parser whose help begins with a script's docstring, and whose errors are ValueErrors."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False)
 
     def error(message):
         hint = ": the option is --seed" if "--seeds" in message else " (--help lists all options)"
@@ -219,22 +178,19 @@ class Progress:
 
 def write_atomically(path, content):
     """Write bytes to a file that is either complete or absent, whatever happens meanwhile."""
-    temporary = None
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with signals_deferred():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            with open(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise OSError(f"{path} cannot be written ({error.strerror}): {KEPT}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def torch_bytes(value):
@@ -282,19 +238,13 @@ def use_device(name):
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if not there.get(kind) or (index and not (index.isdigit() and int(index) < count)):
-        raise ValueError(
-            f"--device {name}: there is no such device here; use auto or {kind if there.get(kind) else 'cpu'}"
-        )
+        raise ValueError(f"--device {name}: there is no such device here; use auto or cpu")
     if kind == "cuda" and world_size() > 1:
         if index:
-            raise ValueError(
-                f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda"
-            )
+            raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
         index = os.environ["LOCAL_RANK"]
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
-            raise ValueError(
-                f"torchrun started more processes than the {count} GPUs here: lower --nproc_per_node"
-            )
+            raise ValueError(f"torchrun started more processes than the {count} GPUs here: use fewer")
     if kind == "cuda":  # streams and graphs belong to the current device
         torch.cuda.set_device(int(index or 0))
     return torch.device(kind, int(index)) if index else torch.device(kind)
@@ -303,9 +253,7 @@ def use_device(name):
 def compute_dtype(args, device):
     """The dtype that `--amp` means on a device: torch.float32, bfloat16 or float16."""
     if args.amp == "fp16" and device.type != "cuda":
-        raise ValueError(
-            f"--amp fp16: only CUDA has a gradient scaler, this is {device.type}; use bf16 or off"
-        )
+        raise ValueError(f"--amp fp16: it needs CUDA, and this is {device.type}; use bf16 or off")
     if args.amp != "auto":
         return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if device.type == "cuda":
@@ -350,9 +298,7 @@ def processes(args):
         yield
         return
     if args.batch_size < 2 * world:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: {world} processes share a batch, and each needs two images"
-        )
+        raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images of it")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
@@ -457,13 +403,9 @@ class Run:
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
             print(f"{self.checkpoint} is damaged: restarting from scratch")
             return []
-        different = sorted(
-            key for key in self.settings.keys() | settings if self.settings.get(key) != settings.get(key)
-        )
-        if different:
-            print(
-                f"{self.checkpoint} has different settings ({', '.join(different)}): restarting from scratch"
-            )
+        if settings != self.settings:
+            changed = sorted(key for key in self.settings if self.settings[key] != settings.get(key))
+            print(f"{self.checkpoint}: different settings ({', '.join(changed)}); restarting from scratch")
             return []
         for name, thing in stateful.items():
             thing.load_state_dict(states[name])

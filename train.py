@@ -197,7 +197,7 @@ class CapturedStep:
                 self.step(self.inputs, self.labels, weight)  # recorded, not executed
         except RuntimeError as error:
             raise RuntimeError(
-                f"the training step cannot be captured ({error}): disable CUDA graphs by --no-graph"
+                f"a step cannot be captured ({error}): disable CUDA graphs by --no-graph"
             ) from error
         self.graph = graph
 
