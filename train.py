@@ -183,7 +183,7 @@ class CapturedStep:
         self.graph.replay()
 
     def warm_up(self, inputs, labels, weight):
-        current, side = torch.cuda.current_stream(), side_stream()
+        current, side = torch.cuda.current_stream(), side_stream(inputs.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             self.step(inputs, labels, weight)
@@ -193,7 +193,9 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: another thread may allocate pinned memory meanwhile
-            with torch.cuda.graph(graph, stream=side_stream(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, stream=side_stream(self.inputs.device), capture_error_mode="thread_local"
+            ):
                 self.step(self.inputs, self.labels, weight)  # recorded, not executed
         except RuntimeError as error:
             raise RuntimeError(
@@ -203,9 +205,9 @@ class CapturedStep:
 
 
 @functools.cache
-def side_stream():
+def side_stream(device):
     """One stream for the process: each stream has a cuBLAS workspace of its own."""
-    return torch.cuda.Stream()
+    return torch.cuda.Stream(device)
 
 
 def compiled(network):

@@ -176,7 +176,7 @@ def test_a_failed_capture_names_the_cause_and_the_way_out(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
     monkeypatch.setattr(torch.cuda, "graph", Graph)
-    monkeypatch.setattr(train, "side_stream", lambda: None)
+    monkeypatch.setattr(train, "side_stream", lambda device: None)
     step = train.CapturedStep(lambda *batch: None)
     step.calls, step.inputs, step.labels = step.WARM_UP, torch.zeros(2), torch.zeros(2)
     with pytest.raises(RuntimeError, match="a step cannot be captured .operation not permitted.*--no-graph"):
