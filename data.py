@@ -42,7 +42,7 @@ SIZE = 32  # pixels a side
 CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
 BLOCK = 4096  # images of an epoch whose random numbers are drawn together; CHUNK is a multiple of it
 SPLITS = ("train", "valid", "test")
-NAMES = ("cinic10", "cifar10", "synthetic")
+NAMES = ("cinic10", "cifar10", "synthetic", "synthetic-small")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 GROUPS = {
     "vehicles": ("airplane", "automobile", "ship", "truck"),
@@ -91,6 +91,8 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     root = Path(root)
     if data == "synthetic":
         dataset = synthetic()
+    elif data == "synthetic-small":
+        dataset = synthetic((400, 100, 200))._replace(name="synthetic-small")
     elif data == "cinic10":
         dataset = _load_cinic10(root)
     elif data == "cifar10":

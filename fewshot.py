@@ -287,8 +287,10 @@ def show(outcome, clusters):
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
 
-def parse_arguments(argv=None):
-    """The settings of a command line, and the name of its run."""
+default_query = queries
+
+
+def make_parser():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("episodes")
     count = train.number(int, 0)
@@ -304,6 +306,12 @@ def parse_arguments(argv=None):
     train.add_optimizer_arguments(parser)
     train.add_run_arguments(parser)
     parser.set_defaults(fraction=0.01, schedule=None)
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     train.check_optimizer(args)
     args.query = args.query or queries(args.fraction)

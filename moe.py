@@ -182,8 +182,7 @@ def show(dataset, outcome):
     print("\n" + tabulate(rows, headers, disable_numparse=True))
 
 
-def parse_arguments(argv=None):
-    """The settings of a command line, and the name of its run."""
+def make_parser():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("mixture")
     group.add_argument("--animals", default="cat,dog,deer,horse", help="classes of the animals expert, or all six "
@@ -194,6 +193,12 @@ def parse_arguments(argv=None):
                        "default they stay at their random start, as in the authors' code")  # fmt: skip
     train.add_training_arguments(parser)
     train.add_run_arguments(parser)
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.classes or args.dropout:
         raise ValueError("--classes and --dropout: the mixture has all classes and dropouts of its own")

@@ -869,8 +869,7 @@ def check(args):
         raise ValueError("--pretrained: the weights are of the ImageNet stem; leave --stem out")
 
 
-def parse_arguments(argv=None):
-    """The settings of a command line, and the name of its run."""
+def make_parser():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("model")
     group.add_argument("--arch", default="custom", choices=(*models.ARCHITECTURES, "efficientnet"),
@@ -887,6 +886,12 @@ def parse_arguments(argv=None):
     group.add_argument("--tta", default="none", choices=("none", "flip"), help="flip: test the mean over each image and its "
                        "mirror image too, beside the plain test (default: %(default)s)")  # fmt: skip
     add_run_arguments(parser)
+    return parser
+
+
+def parse_arguments(argv=None):
+    """The settings of a command line, and the name of its run."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     check(args)
     return args, run_name(args, (args.arch, args.aug), parser.get_default)
