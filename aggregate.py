@@ -80,7 +80,10 @@ def read_study(path):
 
 ONE = {name: set(complete(name, {})) for name in SCRIPTS}
 OF_ONE_SCRIPT = ONE["train"] ^ ONE["fewshot"]  # settings that only one of the two has
-STUDY = read_study(Path(__file__).resolve().parent / "run_all.sh")
+try:
+    STUDY = read_study(Path(__file__).resolve().parent / "run_all.sh")
+except (OSError, ValueError) as error:
+    raise SystemExit(f"the study in run_all.sh: {error}") from None
 
 
 # The tables
@@ -246,17 +249,22 @@ def row_of(table, line, above):
     network = line.settings.get("arch", line.script)
     if table.rows == "network":
         return network
-    before = {**above.given} if above else {"arch": network}
-    added = in_words((k, v) for k, v in line.given.items() if k != "arch" and before.get(k) != v)
-    return f"{network} + {added}" if added else network
+    builds_on = above is not None and above.given.items() <= line.given.items()
+    added = dict(line.given.items() - above.given.items() if builds_on else line.given.items())
+    words = in_words((key, value) for key, value in line.given.items() if key in added and key != "arch")
+    return f"{network}{':' if above and not builds_on else ' +'} {words}" if words else network
 
 
 def lines_of(name):
-    """The lines of a table, each with the label of its row: those of one network together."""
-    table, above, lines = TABLES[name], {}, {}
+    """The lines of a table, each with the label of its row: those of one network together. A line that would fill the
+    cells of another gets a row of its own."""
+    table, above, lines, taken = TABLES[name], {}, {}, set()
     for line in (line for line in STUDY if name in line.tables):
         network = line.settings.get("arch")
         row = row_of(table, line, above.get(network))
+        if taken & {place[:2] for place in places(table, row, line)}:
+            row += f" ({in_words(line.given.items())})"
+        taken |= {place[:2] for place in places(table, row, line)}
         lines.setdefault(network, []).append((row, line))
         above[network] = line
     return list(itertools.chain.from_iterable(lines.values()))
@@ -296,6 +304,7 @@ class Result(NamedTuple):
     script: str
     settings: dict  # all that its run was configured with
     seed: int
+    common: dict  # what other seeds of its run have in common with it; None: it does not say
     content: dict  # the file
 
 
@@ -306,10 +315,10 @@ class Value(NamedTuple):
 
     def number(self):
         """None for a part that only some runs have."""
-        part = self.result.content.get("cost" if self.metric in COSTS else self.part, {})
-        return (
-            part.get(self.part, {}).get(COSTS[self.metric]) if self.metric in COSTS else part.get(self.metric)
-        )
+        content, name = self.result.content, self.metric
+        if name in COSTS:
+            content, name = content.get("cost", {}), COSTS[name]
+        return content.get(self.part, {}).get(name)
 
 
 def read(folder):
@@ -333,6 +342,13 @@ def read(folder):
     return tell_data_apart(results)
 
 
+TESTED = {  # parts of every result file of a script
+    "train": ("test",),
+    "fewshot": ("test", "one_prototype", "nearest_image"),
+    "moe": ("test", "base", "ensemble"),
+}
+
+
 def understand(path, content):
     """A Result; raises what Python raises for a file that is none of ours, and ValueError for half a run."""
     if content["version"] != 1:
@@ -345,20 +361,10 @@ def understand(path, content):
     done = len(content["history"])
     if script != "fewshot" and done != settings["epochs"]:
         raise ValueError(f"half a run: {done} of {settings['epochs']} epochs")
-    wanted = {
-        "train": ("test",),
-        "fewshot": ("test", "one_prototype", "nearest_image"),
-        "moe": ("test", "base", "ensemble"),
-    }
-    parts = [
-        content[name]
-        for name in (*wanted[script], *(name for name in ("test_tta", "pair") if name in content))
-    ]
-    parts += [
-        entry[name]
-        for entry in content["history"]
-        for name in ("train", "valid")[: 1 if script == "fewshot" else 2]
-    ]
+    names = [*TESTED[script], *(name for name in ("test_tta", "pair") if name in content)]
+    splits = ("train",) if script == "fewshot" else ("train", "valid")
+    parts = [content[name] for name in names]
+    parts += [entry[split] for entry in content["history"] for split in splits]
     for part in parts:
         if not all(math.isfinite(part[metric]) for metric in METRICS):
             raise ValueError("a metric is not finite")
@@ -367,49 +373,42 @@ def understand(path, content):
     for name, shape in shapes.items():
         if np.array(content[name], dtype=float).shape != shape:
             raise ValueError(f"{name} is not of {classes} classes")
-    return Result(path, script, settings, int(config["seed"]), content)
-
-
-# What seeds of one run have in common, or their spread is not that of seeds
-IN_COMMON = {
-    "data fingerprint": lambda content: content["data"].get("fingerprint"),
-    "dtype": lambda content: content.get("environment", {}).get("dtype"),
-    "number of processes": lambda content: content.get("environment", {}).get("processes"),
-    "major version of torch": lambda content: (
-        content.get("environment", {}).get("torch", "").split(".")[0] or None
-    ),
-}
+    environment = content.get("environment", {})
+    common = {
+        "data fingerprint": content["data"].get("fingerprint"),
+        "dtype": environment.get("dtype"),
+        "number of processes": environment.get("processes"),
+        "major version of torch": environment.get("torch", "").split(".")[0] or None,
+    }
+    common = {what: None if value is None else str(value) for what, value in common.items()}
+    return Result(path, script, settings, int(config["seed"]), common, content)
 
 
 def comparable(siblings):
-    """Seeds of one run, without those that differ from most of the others (of equally many, from the first) in one of
-    IN_COMMON; these are named on standard error. What an older file does not say counts as equal."""
-    for what, get in IN_COMMON.items():
-        counts = collections.Counter(get(r.content) for r in siblings if get(r.content) is not None)
+    """Seeds of one run, without those that differ from most of the others (of equally many, from the first) in what they
+    should have in common; these are named on standard error. What an older file does not say counts as equal."""
+    for what in siblings[0].common:
+        counts = collections.Counter(r.common[what] for r in siblings if r.common[what] is not None)
         usual = counts.most_common(1)[0][0] if counts else None
-        for odd in [r for r in siblings if get(r.content) not in (None, usual)]:
-            print(
-                f"left out: {odd.path}: {what} {get(odd.content)}, and {usual} in its other seeds",
-                file=sys.stderr,
-            )
+        for odd in [r for r in siblings if r.common[what] not in (None, usual)]:
+            reason = f"{what} {odd.common[what]}, and {usual} in other seeds of its run"
+            print(f"left out: {odd.path}: {reason}", file=sys.stderr)
             siblings.remove(odd)
     return siblings
 
 
 def tell_data_apart(results):
     """Give results of several data sets with one name the fingerprint as a setting, so that they share no table."""
-    fingerprints, silent = {}, []
+    fingerprints = collections.defaultdict(set)
     for result in results:
-        fingerprint = IN_COMMON["data fingerprint"](result.content)
-        fingerprints.setdefault(result.settings["data"], set()).update({fingerprint} - {None})
-        if None in (fingerprint, IN_COMMON["number of processes"](result.content)):
-            silent.append(result)
+        fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
     for result in results:
-        if len(fingerprints[result.settings["data"]]) > 1:
-            result.settings["fingerprint"] = result.content["data"].get("fingerprint")
+        if len(fingerprints[result.settings["data"]] - {None}) > 1:
+            result.settings["fingerprint"] = result.common["data fingerprint"]
+    silent = [r for r in results if None in (r.common["data fingerprint"], r.common["number of processes"])]
     if silent:
-        print(f"{len(silent)} of {len(results)} results do not say their data fingerprint or number of processes (older "
-              "files): whether these agree is not checked", file=sys.stderr)  # fmt: skip
+        missing = "no data fingerprint or number of processes: whether these agree is not checked"
+        print(f"{len(silent)} of {len(results)} results are older files with {missing}", file=sys.stderr)
     return results
 
 
@@ -708,7 +707,7 @@ def gains_of(name, cells):
     gains = {}
     for (above, first), (row, line) in itertools.pairwise(lines_of(name)):
         pair = [cells.get(label, {}).get("accuracy") for label in (above, row)]
-        if first.settings.get("arch") == line.settings.get("arch") and all(pair):
+        if first.settings.get("arch") == line.settings.get("arch") and all(pair) and ": " not in row:
             gains[row] = f"{pair[1].mean - pair[0].mean:+.4f}"
     return gains
 

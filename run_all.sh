@@ -273,24 +273,69 @@ show() { # what is done, what runs, how long it will take; one line, drawn over 
   if [ -t 1 ]; then printf '\r\033[K%.*s' "${COLUMNS:-120}" "$line"; else echo "$line"; fi
 }
 
+# Most of a tiny run is the import of torch. This process imports it once, forks for every line on its standard input
+# (a log and a command), and prints the exit status of each
+fork='
+import os, runpy, shlex, signal, sys
+import torch._dynamo, torchvision
+
+def stop(*_):
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    sys.exit(143)
+
+for line in sys.stdin:
+    log, _, script, *arguments = shlex.split(line)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        for number, name in ((0, os.devnull), (1, log), (2, log)):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(os.path.abspath(script))
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    signal.signal(signal.SIGTERM, stop)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status if status >= 0 else 128 - status, flush=True)
+'
+
+run() { # log, command; sets status
+  status=0
+  if [ "$smoke" ]; then
+    printf '%q %s\n' "$1" "$2" >&3
+    read -r status <&4 || status=1
+  else
+    bash -c "exec $2" >"$1" 2>&1 </dev/null &
+    wait $! || status=$?
+  fi
+}
+
 work() { # slot, numbers of runs
   local slot=$1 index log status
   trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit' TERM
   [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
+  if [ "$smoke" ] && [ $# -gt 1 ]; then
+    mkfifo "$state/lines.$slot" "$state/statuses.$slot"
+    python -c "$fork" <"$state/lines.$slot" >"$state/statuses.$slot" &
+    exec 3>"$state/lines.$slot" 4<"$state/statuses.$slot"
+    rm "$state/lines.$slot" "$state/statuses.$slot"
+  fi
   for index in "${@:2}"; do
     kill -0 $$ 2>/dev/null || exit # the script is gone
     mkdir "$state/$index" 2>/dev/null || continue # another worker took it
-    log=$out/logs/${names[index]}.log status=0
+    log=$out/logs/${names[index]}.log
+    rm -f "$log"
     echo "${names[index]}" >"$state/running.$slot"
     show
-    bash -c "exec ${commands[index]}" >"$log" 2>&1 </dev/null &
-    wait $! || status=$?
-    [ $status -le 128 ] || echo "killed by signal $((status - 128))" >>"$log"
-    [ $status -eq 0 ] || echo "$index" >>"$state/failed"
+    run "$log" "${commands[index]}"
+    [ "$status" -le 128 ] || echo "killed by signal $((status - 128))" >>"$log"
+    [ "$status" -eq 0 ] || echo "$index" >>"$state/failed"
     ! grep -q 'train loss' "$log" || echo "$index" >>"$state/trained"
     echo "$index" >>"$state/ended"
   done
   rm -f "$state/running.$slot"
+  exec 3>&- # the forking process ends with its input
+  wait
 }
 
 work_on() { # numbers of runs

@@ -116,6 +116,8 @@ def test_every_published_number_stands_in_its_cell(study, run):
      ("augmentation custom --aug translate", ("augmentation", "custom", "translate")),
      ("initial densenet121 --pretrained --aug none", ("initial", "densenet121, pretrained", "accuracy")),
      ("optimizer custom --aug hybrid --optimizer rmsprop", ("optimizer", "rmsprop", "accuracy")),
+     ("optimizer resnet18 --aug hybrid", ("optimizer", "adam (arch resnet18, aug hybrid)", "accuracy")),
+     ("beyond custom --aug flip", ("beyond", "custom + aug flip", "accuracy")),
      ("warmth resnet18 --aug none --lr 0.3", ("warmth", "resnet18 + lr 0.3", "accuracy"))],
 )  # fmt: skip
 def test_one_line_in_run_all_adds_a_value_a_row_or_a_table(line, place, tmp_path):
@@ -248,7 +250,7 @@ def test_older_results_without_fingerprint_and_processes_are_read_with_one_line(
     process = run("aggregate.py", tmp_path)
     assert "0.5000 ± 0.0010" in process.stdout
     (line,) = process.stderr.splitlines()
-    assert line.startswith("3 of 6 results do not say their data fingerprint or number of processes")
+    assert line.startswith("3 of 6 results are older files with no data fingerprint or number of processes")
 
 
 def test_two_data_sets_of_one_name_share_no_table(tmp_path, run):

@@ -216,6 +216,15 @@ def test_a_real_failed_run_does_not_stop_the_rest(image_folder, tmp_path):
     assert "error: --momentum" in log.read_text()
 
 
+def test_smoke_names_failed_runs_and_does_the_rest(tmp_path):
+    process = run_all(
+        "--smoke", "--only", "optimizer", "--", "--optimizer", "sgd", "--momentum", "0.9", cwd=tmp_path
+    )
+    assert process.returncode == 1
+    assert len(list(tmp_path.rglob("seed1.json"))) == 1 and "2 of 3 runs failed" in process.stdout
+    assert "adagrad.log: " in process.stdout and "--momentum: adagrad" in process.stdout
+
+
 @pytest.mark.slow
 def test_smoke_killed_half_way_and_started_again_ends_with_the_same_tables(tmp_path):
     command = ("--smoke", "--only", "regular,hybrid", "--arch", "custom")
