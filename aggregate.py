@@ -78,8 +78,10 @@ def read_study(path):
     return lines
 
 
-ONE = {name: set(complete(name, {})) for name in SCRIPTS}
-OF_ONE_SCRIPT = ONE["train"] ^ ONE["fewshot"]  # settings that only one of the two has
+ALL = {name: complete(name, {}) for name in SCRIPTS}
+OF_ONE_SCRIPT = ALL["train"].keys() ^ ALL["fewshot"].keys()  # settings that only one of the two has
+# What a setting is where a script does not have it, or no longer: older results do
+DEFAULTS = {"method": "episodes"} | ALL["moe"] | ALL["fewshot"] | ALL["train"]
 try:
     STUDY = read_study(Path(__file__).resolve().parent / "run_all.sh")
 except (OSError, ValueError) as error:
@@ -447,7 +449,8 @@ def arrange(results):
 def differences(table, line, result):
     """{setting: value} in which a result differs from a line of the study; None if it is another run."""
     fixed = {*STUDIED, *line.given} - ({"pretrained"} if table.rows == "network" else set())
-    differs = {key: value for key, value in result.settings.items() if value != line.settings.get(key)}
+    wanted = DEFAULTS | line.settings
+    differs = {key: value for key, value in result.settings.items() if value != wanted.get(key)}
     if result.script != line.script or fixed & differs.keys():
         return None
     differs.pop("pretrained", None)

@@ -109,7 +109,7 @@ fail() {
 here=$(dirname "${BASH_SOURCE[0]}")/
 [ "$here" != ./ ] || here=
 all=$(sed -n 's/^all = //p' <<<"$study")
-only='slides' archs='' scratch='' data='' root=data out='' figures='' seeds='' jobs='' list='' smoke='' extra=()
+only='slides' archs='' scratch='' data='' root=data out='' figures='' seeds='' jobs='' list='' smoke='' forking='' extra=()
 while [ $# -gt 0 ]; do
   case $1 in
     --only | --arch | --data | --root | --out | --figures | --seeds | --jobs)
@@ -138,6 +138,7 @@ if [ "$smoke" ]; then
   [ "$data" ] || study=${study// --fraction/ --data synthetic --fraction}
   data=${data:-synthetic-small} out=${out:-smoke/results} figures=${figures:-smoke/figures} seeds=${seeds:-1}
   jobs=${jobs:-2} scratch=yes
+  [ "$(uname)" = Darwin ] || forking=yes # macOS's frameworks do not work in a forked process
   extra=(--epochs 1 --fraction 0.1 --episodes 5 --shot 1 --query 1 "${extra[@]}")
 fi
 data=${data:-cinic10} out=${out:-results} figures=${figures:-figures} seeds=${seeds:-1 2 3}
@@ -232,7 +233,7 @@ fi
 # Running: as many workers as --jobs, each of which takes one run after the other until none is left
 
 gpus=()
-if [ "$CUDA_VISIBLE_DEVICES" ]; then
+if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then # an empty one hides all GPUs
   IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 elif command -v nvidia-smi >/dev/null; then
   while read -r gpu; do gpus+=("$gpu"); done < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)
@@ -301,7 +302,7 @@ for line in sys.stdin:
 
 run() { # log, command; sets status
   status=0
-  if [ "$smoke" ]; then
+  if [ "$forking" ]; then
     printf '%q %s\n' "$1" "$2" >&3
     read -r status <&4 || status=1
   else
@@ -314,7 +315,7 @@ work() { # slot, numbers of runs
   local slot=$1 index log status
   trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit' TERM
   [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
-  if [ "$smoke" ] && [ $# -gt 1 ]; then
+  if [ "$forking" ] && [ $# -gt 1 ]; then
     mkfifo "$state/lines.$slot" "$state/statuses.$slot"
     python -c "$fork" <"$state/lines.$slot" >"$state/statuses.$slot" &
     exec 3>"$state/lines.$slot" 4<"$state/statuses.$slot"
