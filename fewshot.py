@@ -305,7 +305,7 @@ def make_parser():
                        "default with --schedule onecycle (default: %(default)s)")  # fmt: skip
     train.add_optimizer_arguments(parser)
     train.add_run_arguments(parser)
-    parser.set_defaults(fraction=0.01, schedule=None)
+    parser.set_defaults(fraction=0.01, schedule="none")
     return parser
 
 
