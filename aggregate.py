@@ -56,8 +56,6 @@ def complete(script, config):
     settings["data"] = os.path.normpath(settings["data"])
     if script == "fewshot" and settings["query"] is None:
         settings["query"] = fewshot.default_query(settings["fraction"])
-    if script == "fewshot" and settings.get("schedule", "none") is None:
-        settings["schedule"] = "onecycle" if settings["method"] == "labels" else "none"
     return {key: value for key, value in settings.items() if key not in NO_SETTING}
 
 
@@ -98,10 +96,9 @@ class Table(NamedTuple):
 
 
 METHODS = {  # column: script, settings that select its runs, part of a result file
-    "few-shot": ("fewshot", {"method": "episodes"}, "test"),
-    "1 prototype": ("fewshot", {"method": "episodes"}, "one_prototype"),
-    "nearest image": ("fewshot", {"method": "episodes"}, "nearest_image"),
-    "few-shot from labels": ("fewshot", {"method": "labels"}, "test"),
+    "few-shot": ("fewshot", {}, "test"),
+    "1 prototype": ("fewshot", {}, "one_prototype"),
+    "nearest image": ("fewshot", {}, "nearest_image"),
     "regular training": ("train", {"schedule": "none"}, "test"),
     "regular training, one-cycle": ("train", {"schedule": "onecycle"}, "test"),
 }

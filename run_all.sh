@@ -76,13 +76,6 @@ beyond                              resnet18  --schedule onecycle --stem small -
 beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
 beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
 beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
-beyond-fewshot                      fewshot   --method labels --fraction 0.001
-beyond-fewshot                      fewshot   --method labels --fraction 0.002
-beyond-fewshot                      fewshot   --method labels --fraction 0.005
-beyond-fewshot                      fewshot   --method labels --fraction 0.01
-beyond-fewshot                      fewshot   --method labels --fraction 0.02
-beyond-fewshot                      fewshot   --method labels --fraction 0.05
-beyond-fewshot                      fewshot   --method labels --fraction 0.1
 beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.001
 beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.002
 beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.005
@@ -174,8 +167,6 @@ try:
         parser = script.make_parser()
         known = [o for o in options if o[0] not in ("-h", "--help") and not parser.parse_known_args(o)[1]]
         unknown = [option for option in unknown if option not in known]
-        if script is moe:  # it has dropout of its own
-            known = [option for option in known if option[0].split("=")[0] != "--dropout"]
         print(script.__name__, shlex.join(word for option in known for word in option))
     for option in options:
         if option[0].split("=")[0] in ("--seed", "--data", "--root", "--out"):

@@ -69,20 +69,20 @@ def no_training(tmp_path):
 def test_without_options_the_slides_study_runs_and_nothing_else():
     commands = listed()
     assert len(set(commands)) == len(commands) == 77
-    assert not any("onecycle" in c or "labels" in c or "--train-adapters" in c for c in commands)
+    assert not any("onecycle" in c or "--train-adapters" in c for c in commands)
     everything = listed("--only", "all")
-    assert set(commands) < set(everything) and len(set(everything)) == len(everything) == 108
+    assert set(commands) < set(everything) and len(set(everything)) == len(everything) == 101
 
 
 def test_tables_are_chosen_by_their_exact_names():
     beyond = listed("--only", "beyond")
     assert beyond and all("train.py" in command and "--fraction" not in command for command in beyond)
-    assert any("--method labels" in command for command in listed("--only", "beyond-fewshot"))
+    assert len(listed("--only", "beyond-fewshot")) == 21
     assert len(listed("--only", "beyond,beyond-moe")) == len(beyond) + 4
     assert len(listed("--only", "weight-decay")) == 16  # with the baseline
 
 
-def test_few_shot_learning_from_labels_is_compared_with_training_for_as_many_steps():
+def test_few_shot_learning_is_compared_with_training_for_as_many_steps():
     baselines = [settings(c) for c in listed("--only", "beyond-fewshot") if "onecycle" in c]
     assert [args.fraction for args in baselines] == list(fewshot.QUERIES)
     for args in baselines:
@@ -93,7 +93,7 @@ def test_few_shot_learning_from_labels_is_compared_with_training_for_as_many_ste
 def test_the_mixture_runs_last_and_without_pretrained_weights_each_run_is_listed_once():
     commands = listed("--only", "all", "--from-scratch")
     assert not any("--pretrained" in command for command in commands)
-    assert len(set(commands)) == len(commands) == 107  # resnet18 from scratch is in beyond too
+    assert len(set(commands)) == len(commands) == 100  # resnet18 from scratch is in beyond too
     assert sum("--pretrained" in command for command in listed("--only", "initial")) == 2
 
 
@@ -135,7 +135,7 @@ def test_smoke_has_every_table_of_the_study_on_drawn_images():
     commands = listed("--smoke")
     assert all("--data synthetic" in command for command in commands)
     for word in ("overfitting", "--aug cutout", "--lr 0.002", "adamax", "--weight-decay 0.00005", "--dropout 0.4", "moe.py",
-                 "--fraction 0.01", "augment.py", "labels", "--train-adapters", "onecycle"):  # fmt: skip
+                 "--fraction 0.01", "augment.py", "--train-adapters", "onecycle"):  # fmt: skip
         assert word == "overfitting" or any(word in command for command in commands), word
     for command in commands:
         if "augment.py" not in command:
