@@ -1,94 +1,98 @@
 #!/usr/bin/env bash
 # Every run behind the tables and figures of the slides, and then the tables.
 #
-#   bash run_all.sh                        everything: CINIC-10, seeds 1 2 3
-#   bash run_all.sh --smoke                everything, tiny, on images that the program draws: minutes
+#   bash run_all.sh                        the slides' study: CINIC-10, seeds 1 2 3
+#   bash run_all.sh --smoke                every table, tiny, on images that the program draws: minutes
 #   bash run_all.sh --only initial,moe --data path/to/folder --seeds "1 2 3" --jobs 2
 #   bash run_all.sh --list                 print the commands, one a line, and run nothing
-#   bash run_all.sh -- --epochs 2 --fraction 0.1      with settings of your own, where a run has none
+#   bash run_all.sh -- --epochs 2 --fraction 0.1      settings for every run that does not set them itself
 #
-#   --only A,B       these tables: a name in the first column below
-#   --arch A,B       these architectures, of custom, densenet121, resnet18, efficientnet_b0
+#   --only A,B       tables by their exact names, as in the first column below; `all` is every table. Without it, the
+#                    slides' tables: what stands only in beyond, beyond-fewshot or beyond-moe runs by name
+#   --arch A,B       networks: resnet18, densenet121, efficientnet_b0, custom
 #   --from-scratch   no ImageNet weights for resnet18 and efficientnet_b0
 #   --data, --root   as for train.py (default: cinic10, data)
-#   --seeds "1 2 3"  of every run
+#   --seeds "1 2 3"  seeds of every run
 #   --out FOLDER     results, and a log of each run in FOLDER/logs (default: results)
 #   --figures FOLDER (default: figures)
-#   --jobs N         runs at a time, spread over the GPUs (default: one a GPU)
+#   --jobs N         runs at a time, spread over the GPUs (default: one per GPU)
 #
-# A run whose result is there is skipped, one that was stopped goes on: start it again after anything.
+# A finished run is skipped, an interrupted one resumes: start the command again after anything.
 
-# The study. A run has the recipe (Adam, lr 0.001, batch 64, 10 epochs) and the settings of its line; `all` is each
-# of the four architectures, `others` each but custom, with the slides' weights to start from; a name is that one, from
-# scratch, `scratch` each but custom. Settings after -- come before those of a line, which win.
+# The study; aggregate.py lays out its tables from it, in this order. A line: the tables that it stands in, what runs
+# (networks of train.py, `all` of those below, or another script), and its settings on top of the defaults, which
+# reproduce the recipe (Adam, lr 0.001, batch 64, 10 epochs). A run of several lines is run once.
 study='
-tables                           what     settings
-initial,beyond                   custom   --aug none
-initial                          others   --aug none
-overfitting                      custom   --aug none --epochs 30
-augmentation                     all      --aug flip
-augmentation                     all      --aug rotation
-augmentation                     all      --aug crop
-augmentation                     all      --aug jitter
-augmentation                     all      --aug autoaugment
-augmentation                     all      --aug cutout
-hybrid,learning-rate             others   --aug hybrid
-hybrid,learning-rate,optimizer   custom   --aug hybrid
-learning-rate                    all      --aug hybrid --lr 0.002
-learning-rate                    all      --aug hybrid --lr 0.0005
-optimizer                        custom   --aug hybrid --optimizer adamax
-optimizer                        custom   --aug hybrid --optimizer adagrad
-weight-decay                     all      --aug none --weight-decay 0.0001
-weight-decay                     all      --aug none --weight-decay 0.0002
-weight-decay                     all      --aug none --weight-decay 0.00005
-dropout                          custom   --aug hybrid --dropout 0.1
-dropout,moe,beyond-moe           custom   --aug hybrid --dropout 0.2
-dropout                          custom   --aug hybrid --dropout 0.3
-dropout                          custom   --aug hybrid --dropout 0.4
-moe,beyond-moe                   custom   --aug hybrid --dropout 0.2 --classes vehicles
-moe                              custom   --aug hybrid --dropout 0.2 --classes cat,deer,dog,horse
-fewshot                          fewshot  --fraction 0.001
-fewshot                          fewshot  --fraction 0.002
-fewshot                          fewshot  --fraction 0.005
-fewshot                          fewshot  --fraction 0.01
-fewshot                          fewshot  --fraction 0.02
-fewshot                          fewshot  --fraction 0.05
-fewshot                          fewshot  --fraction 0.1
-regular                          custom   --aug flip+autoaugment --fraction 0.001 --batch-size 4
-regular                          custom   --aug flip+autoaugment --fraction 0.002 --batch-size 4
-regular                          custom   --aug flip+autoaugment --fraction 0.005 --batch-size 8
-regular                          custom   --aug flip+autoaugment --fraction 0.01 --batch-size 16
-regular                          custom   --aug flip+autoaugment --fraction 0.02 --batch-size 32
-regular                          custom   --aug flip+autoaugment --fraction 0.05
-regular                          custom   --aug flip+autoaugment --fraction 0.1
-samples                          augment
-moe                              moe
-beyond                           custom   --schedule onecycle --aug none
-beyond                           custom   --schedule onecycle --aug flip+translate
-beyond                           custom   --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip
-beyond                           custom   --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
-beyond                           resnet18 --aug none
-beyond                           resnet18 --schedule onecycle --aug none
-beyond                           resnet18 --schedule onecycle --stem small --aug none
-beyond                           resnet18 --schedule onecycle --stem small --aug flip+translate
-beyond                           scratch  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
-beyond                           scratch  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
-beyond                           resnet18 --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
-beyond-fewshot                   fewshot  --method labels --fraction 0.001
-beyond-fewshot                   fewshot  --method labels --fraction 0.002
-beyond-fewshot                   fewshot  --method labels --fraction 0.005
-beyond-fewshot                   fewshot  --method labels --fraction 0.01
-beyond-fewshot                   fewshot  --method labels --fraction 0.02
-beyond-fewshot                   fewshot  --method labels --fraction 0.05
-beyond-fewshot                   fewshot  --method labels --fraction 0.1
-beyond-moe                       custom   --aug hybrid --dropout 0.2 --classes animals
-beyond-moe                       moe      --train-adapters --adapter-width 512 --animals all
+all = resnet18 --pretrained, densenet121, efficientnet_b0 --pretrained, custom
+
+overfitting                         custom    --aug none --epochs 30
+initial,augmentation,weight-decay   all       --aug none
+augmentation                        all       --aug flip
+augmentation                        all       --aug rotation
+augmentation                        all       --aug crop
+augmentation                        all       --aug jitter
+augmentation                        all       --aug autoaugment
+augmentation                        all       --aug cutout
+hybrid,learning-rate                all       --aug hybrid
+learning-rate                       all       --aug hybrid --lr 0.002
+learning-rate                       all       --aug hybrid --lr 0.0005
+optimizer,dropout                   custom    --aug hybrid
+optimizer                           custom    --aug hybrid --optimizer adagrad
+optimizer                           custom    --aug hybrid --optimizer adamax
+weight-decay                        all       --aug none --weight-decay 0.0001
+weight-decay                        all       --aug none --weight-decay 0.0002
+weight-decay                        all       --aug none --weight-decay 0.00005
+dropout                             custom    --aug hybrid --dropout 0.1
+dropout,moe,beyond-moe              custom    --aug hybrid --dropout 0.2
+dropout                             custom    --aug hybrid --dropout 0.3
+dropout                             custom    --aug hybrid --dropout 0.4
+moe,beyond-moe                      custom    --aug hybrid --dropout 0.2 --classes vehicles
+moe                                 custom    --aug hybrid --dropout 0.2 --classes cat,deer,dog,horse
+moe                                 moe
+fewshot,beyond-fewshot              fewshot   --fraction 0.001
+fewshot,beyond-fewshot              fewshot   --fraction 0.002
+fewshot,beyond-fewshot              fewshot   --fraction 0.005
+fewshot,beyond-fewshot              fewshot   --fraction 0.01
+fewshot,beyond-fewshot              fewshot   --fraction 0.02
+fewshot,beyond-fewshot              fewshot   --fraction 0.05
+fewshot,beyond-fewshot              fewshot   --fraction 0.1
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.001 --batch-size 4
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.002 --batch-size 4
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.005 --batch-size 8
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.01 --batch-size 16
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.02 --batch-size 32
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.05
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.1
+samples                             augment
+beyond                              custom    --aug none
+beyond                              custom    --schedule onecycle --aug none
+beyond                              custom    --schedule onecycle --aug flip+translate
+beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip
+beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                              resnet18  --aug none
+beyond                              resnet18  --schedule onecycle --aug none
+beyond                              resnet18  --schedule onecycle --stem small --aug none
+beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate
+beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
+beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.001
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.002
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.005
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.01
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.02
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.05
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.1
+beyond-moe                          custom    --aug hybrid --dropout 0.2 --classes animals
+beyond-moe                          moe       --train-adapters --adapter-width 512 --animals all
 '
 # Choices that the slides leave open: learning rates, optimizers and dropouts were compared on hybrid (the report
 # says so); so were the experts trained, with the dropout that won; weight decays were compared without augmentation.
-# The lines of beyond... are ours, not the slides'.
+# The lines of beyond... are ours, not the slides'; 10 epochs of 300 steps are as many steps as few-shot's 3,000.
 
-set -euo pipefail
+# Written for macOS's bash 3.2 too: no associative arrays, no mapfile, no wait -n, and no set -u, with which it takes
+# an empty array for an unset variable
+set -eo pipefail
 
 fail() {
   echo "error: $1" >&2
@@ -96,13 +100,14 @@ fail() {
 }
 
 here=$(dirname "${BASH_SOURCE[0]}")/
-[ "$here" = ./ ] && here=
-all=custom,densenet121,resnet18,efficientnet_b0
-only='' archs=$all scratch='' data='' root=data out='' figures='' seeds='' jobs='' list='' smoke='' extra=()
+[ "$here" != ./ ] || here=
+all=$(sed -n 's/^all = //p' <<<"$study")
+only='slides' archs='' scratch='' data='' root=data out='' figures='' seeds='' jobs='' list='' smoke='' forking='' extra=()
 while [ $# -gt 0 ]; do
   case $1 in
     --only | --arch | --data | --root | --out | --figures | --seeds | --jobs)
       [ $# -gt 1 ] || fail "$1 needs a value"
+      [ "$2" ] || fail "$1 \"\": a value is missing"
       case $1 in
         --only) only=$2 ;; --arch) archs=$2 ;; --data) data=$2 ;; --root) root=$2 ;; --out) out=$2 ;;
         --figures) figures=$2 ;; --seeds) seeds=$2 ;; --jobs) jobs=$2 ;;
@@ -112,84 +117,102 @@ while [ $# -gt 0 ]; do
     --smoke) smoke=yes ;;
     --list) list=yes ;;
     --help | -h) sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
+    --seed) fail "unknown option --seed: here it is --seeds \"1 2 3\", for every run" ;;
     --) shift && extra=("$@") && break ;;
-    *) fail "unknown option $1: see --help; settings for every training come after --" ;;
+    *) fail "unknown option $1: see --help; settings for every run come after --" ;;
   esac
   shift
 done
-if [ "$smoke" ]; then # the synthetic set has too few images for the smallest fractions; beyond the slides, only what is quick
-  study=$(grep -vE 'fraction 0.00|^beyond +(resnet18|scratch)|^beyond .*--epochs 30' <<<"$study")
-  data=${data:-synthetic} out=${out:-smoke/results} figures=${figures:-smoke/figures} seeds=${seeds:-1} jobs=${jobs:-2}
-  scratch=yes
-  extra=(--epochs 1 --fraction 0.02 --episodes 5 --shot 1 --query 1 "${extra[@]}")
+if [ "$smoke" ]; then
+  [ "$only" != slides ] || only=all
+  # the drawn sets are too small for the smallest fractions; beyond the slides, only what is quick
+  study=$(grep -vE -- '--fraction 0\.00|--steps-per-epoch|^beyond .*(resnet18|--epochs 30)' <<<"$study")
+  # few-shot learning needs two images of a class at 1 %: runs with a fraction of their own take the larger drawn set
+  [ "$data" ] || study=${study// --fraction/ --data synthetic --fraction}
+  data=${data:-synthetic-small} out=${out:-smoke/results} figures=${figures:-smoke/figures} seeds=${seeds:-1}
+  jobs=${jobs:-2} scratch=yes
+  [ "$(uname)" = Darwin ] || forking=yes # macOS's frameworks do not work in a forked process
+  extra=(--epochs 1 --fraction 0.1 --episodes 5 --shot 1 --query 1 "${extra[@]}")
 fi
 data=${data:-cinic10} out=${out:-results} figures=${figures:-figures} seeds=${seeds:-1 2 3}
 
-check() { # option, its names, what there is
+check() { # option, names given, names to choose from
   local name names=",$2,"
   [[ "$names" != *,,* ]] || fail "$1 $2: a name is missing"
   for name in ${2//,/ }; do [[ " $3 " == *" $name "* ]] || fail "$1 $name: choose from $3"; done
 }
-tables=$(sed -n 's/^\([a-z,-]\+\) .*/\1/p' <<<"${study#*settings}" | tr , '\n' | sort -u | paste -sd' ')
-[ -z "$only" ] || check --only "$only" "$tables"
-check --arch "$archs" "${all//,/ }"
-[[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": numbers between spaces"
+tables=$(awk 'NF > 1 && $2 != "=" { print $1 }' <<<"$study" | tr , '\n' | sort -u | tr '\n' ' ')
+[ "$only" = slides ] || check --only "$only" "all ${tables% }"
+networks=$(sed 's/ --pretrained//g; s/,//g' <<<"$all")
+archs=${archs:-${networks// /,}}
+check --arch "$archs" "$networks"
+[[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": numbers with spaces between them"
 [[ "${jobs:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: a number from 1 on"
 
 # Commands
 
-extra_for() { # the settings after --, without those that the script does not have
-  local skip i
-  case $1 in
-    train) skip=' --way --shot --query --episodes --method --animals --train-adapters --adapter-width ' ;;
-    moe) skip=' --way --shot --query --episodes --method --dropout --stem --tta ' ;;
-    *) skip=' --epochs --batch-size --dropout --label-smoothing --stem --tta --animals --train-adapters --adapter-width ' ;;
-  esac
-  for ((i = 0; i < ${#extra[@]}; i++)); do
-    if [[ "$skip" != *" ${extra[i]%%=*} "* ]]; then
-      printf '%q ' "${extra[i]}"
-    elif [[ "${extra[i]}" != *=* && "${extra[i]}" != --train-adapters ]]; then
-      ((++i)) # its value
-    fi
-  done
-}
+# The settings after --, as a line for each script, its name and those that it has; an error if none has one
+sort_extra='
+import shlex, sys
+import fewshot, moe, train
 
-commands=() names=()
-declare -A listed=()
-add() { # script, settings: a command, and its name for a log
-  local script=$1 settings=$2 common=''
-  [ "$data" = cinic10 ] || printf -v common ' --data %q' "$data"
-  [ "$root" = data ] || printf -v common '%s --root %q' "$common" "$root"
-  if [ "$script" = augment ]; then
-    printf -v settings -- '--out %q' "$figures/augmentation.png"
-  else
-    [ "$out" = results ] || printf -v common '%s --out %q' "$common" "$out"
-    settings="$(extra_for "$script")$settings"
-    common+=" --seed $seeds"
-  fi
-  settings="python $here$script.py${settings:+ ${settings% }}$common"
-  [ ! "${listed[$settings]:-}" ] || return 0 # --from-scratch makes two lines one
-  commands+=("$settings") listed[$settings]=yes
-  names+=("$(tr -cs 'A-Za-z0-9.+\n' '-' <<<"$script ${2:-}" | sed 's/-*$//')")
+options = []  # each with its values
+for word in sys.argv[1:]:
+    if word.startswith("-") or not options:
+        options.append([])
+    options[-1].append(word)
+unknown = list(options)
+try:
+    for script in (train, fewshot, moe):
+        parser = script.make_parser()
+        known = [o for o in options if o[0] not in ("-h", "--help") and not parser.parse_known_args(o)[1]]
+        unknown = [option for option in unknown if option not in known]
+        print(script.__name__, shlex.join(word for option in known for word in option))
+    for option in options:
+        if option[0].split("=")[0] in ("--seed", "--data", "--root", "--out"):
+            raise ValueError(option[0] + ": belongs before -- (seeds as --seeds)")
+    if unknown:
+        raise ValueError(" ".join(unknown[0]) + ": neither train.py nor fewshot.py nor moe.py has this option")
+except ValueError as error:
+    sys.exit(f"error: {error}")
+'
+if [ ${#extra[@]} -gt 0 ]; then
+  sorted=$(PYTHONPATH=${here:-.}${PYTHONPATH:+:$PYTHONPATH} python -c "$sort_extra" "${extra[@]}") || exit 2
+fi
+
+first='' last=" --seed $seeds" # of a command; a line's own settings come after the first and win
+[ "$data" = cinic10 ] || printf -v first ' --data %q' "$data"
+[ "$out" = results ] || printf -v last ' --out %q%s' "$out" "$last"
+[ "$root" = data ] || printf -v last ' --root %q%s' "$root" "$last"
+
+commands=() names=() listed=$'\n'
+add() { # script, settings: a command, and a name for its log
+  local settings command
+  settings="$(sed -n "s/^$1 //p" <<<"$sorted") $2"
+  settings=${settings# } settings=${settings% }
+  command="python $here$1.py$first${settings:+ $settings}$last"
+  [ "$1" != augment ] || printf -v command 'python %saugment.py%s --root %q --out %q' "$here" "$first" "$root" "$figures/augmentation.png"
+  [[ "$listed" != *$'\n'"$command"$'\n'* ]] || return 0
+  listed+=$command$'\n' commands+=("$command")
+  names+=("$(tr -cs 'A-Za-z0-9.+\n' '-' <<<"$1 $2" | sed 's/-*$//')")
 }
 
 while read -r tables what settings; do
-  [ "$tables" ] && [ "$tables" != tables ] || continue
-  [ -z "$only" ] || [[ "$(printf ',%s,' "${tables//,/,,}")" =~ ,(${only//,/|}), ]] || continue
-  case $what in
-    all) networks=$all ;;
-    others | scratch) networks=${all#custom,} ;;
-    fewshot | moe | augment) add "$what" "$settings" && continue ;;
-    *) networks=$what ;;
+  [ "$what" ] && [ "$what" != = ] || continue
+  case $only in
+    all) ;;
+    slides) grep -qv '^beyond' <<<"${tables//,/$'\n'}" || continue ;;
+    *) grep -qxF "${only//,/$'\n'}" <<<"${tables//,/$'\n'}" || continue ;;
   esac
-  for arch in ${networks//,/ }; do
+  case $what in
+    fewshot | moe | augment) add "$what" "$settings" && continue ;;
+    all) what=$all ;;
+  esac
+  while read -r arch start; do
     [[ ",$archs," == *",$arch,"* ]] || continue
-    start=
-    case $what-$arch in all-resnet18 | others-resnet18 | all-efficientnet_b0 | others-efficientnet_b0)
-      [ "$scratch" ] || start=' --pretrained' ;;
-    esac
-    add train "--arch $arch$start $settings"
-  done
+    [ ! "$scratch" ] || start=''
+    add train "--arch $arch ${start:+$start }$settings"
+  done <<<"${what//,/$'\n'}"
 done <<<"$study"
 [ ${#commands[@]} -gt 0 ] || fail "nothing to run: no line of the study is in --only $only and --arch $archs"
 
@@ -198,83 +221,134 @@ if [ "$list" ]; then
   exit
 fi
 
-# Running
+# Running: as many workers as --jobs, each of which takes one run after the other until none is left
 
 gpus=()
-if [ "${CUDA_VISIBLE_DEVICES:-}" ]; then
+if [ "${CUDA_VISIBLE_DEVICES+set}" ]; then # an empty one hides all GPUs
   IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
 elif command -v nvidia-smi >/dev/null; then
-  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)
+  while read -r gpu; do gpus+=("$gpu"); done < <(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null)
 fi
 jobs=${jobs:-$((${#gpus[@]} > 0 ? ${#gpus[@]} : 1))}
 if [ ${#gpus[@]} -eq 0 ] && [ "$jobs" -gt 1 ]; then
-  cores=$(nproc)
+  cores=$(getconf _NPROCESSORS_ONLN)
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > jobs ? cores / jobs : 1))}
 fi
 
-pids=() running=() failed=() finished=0 trained=0 began=$SECONDS
+mkdir -p "$out/logs" "$figures"
+state=$(mktemp -d) # what the workers share: a folder for each run that one has taken, and lists of runs by number
+touch "$state/ended" "$state/trained" "$state/failed"
+count() { grep -c '' "$state/$1" || true; }
 
 stop() {
-  kill "${pids[@]}" 2>/dev/null || true
+  local pids
+  pids=$(jobs -p)
+  # shellcheck disable=SC2086
+  kill $pids 2>/dev/null || true
   wait
-  printf '\n%d of %d runs have ended; start again to go on\n' "$finished" "${#commands[@]}" >&2
+  printf '\n%d of %d runs have ended; start again to resume\n' "$(count ended)" ${#commands[@]} >&2
   exit "$1"
 }
+trap 'rm -rf "$state"' EXIT
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
 show() { # what is done, what runs, how long it will take; one line, drawn over on a terminal
-  local line="$finished/${#commands[@]} done" slot left
-  [ ${#failed[@]} -eq 0 ] || line+=", ${#failed[@]} failed"
-  if [ "$trained" -gt 0 ] && [ "$finished" -lt ${#commands[@]} ]; then
-    left=$(((SECONDS - began) * (${#commands[@]} - finished) / trained))
+  local ended trained failed line left name
+  ended=$(count ended) trained=$(count trained) failed=$(count failed) line="$ended/${#commands[@]} done"
+  [ "$failed" = 0 ] || line+=", $failed failed"
+  if [ "$trained" -gt 0 ] && [ "$ended" -lt ${#commands[@]} ]; then
+    left=$(((SECONDS - began) * (${#commands[@]} - ended) / trained))
     line+=", about $((left / 3600)) h $((left % 3600 / 60)) min left"
   fi
-  for slot in "${!running[@]}"; do line+="${slot:+ | }${names[${running[slot]}]}"; done
+  while read -r name; do line+=" | $name"; done < <(cat "$state"/running.* 2>/dev/null)
   if [ -t 1 ]; then printf '\r\033[K%.*s' "${COLUMNS:-120}" "$line"; else echo "$line"; fi
 }
 
-reap() { # wait until a run ends
-  local slot status ended=''
-  while [ ! "$ended" ]; do
-    for slot in "${!pids[@]}"; do
-      kill -0 "${pids[slot]}" 2>/dev/null && continue
-      ended=yes status=0
-      wait "${pids[slot]}" || status=$?
-      ((++finished))
-      [ $status -eq 0 ] || failed+=("${running[slot]}")
-      [ $status -le 128 ] || echo "killed by signal $((status - 128))" >>"$out/logs/${names[${running[slot]}]}.log"
-      grep -q 'train loss' "$out/logs/${names[${running[slot]}]}.log" && ((++trained))
-      unset "pids[slot]" "running[slot]"
-    done
-    [ "$ended" ] || sleep 0.2
-  done
+# Most of a tiny run is the import of torch. This process imports it once, forks for every line on its standard input
+# (a log and a command), and prints the exit status of each
+fork='
+import os, runpy, shlex, signal, sys
+import torch._dynamo, torchvision
+
+def stop(*_):
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    sys.exit(143)
+
+for line in sys.stdin:
+    log, _, script, *arguments = shlex.split(line)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        for number, name in ((0, os.devnull), (1, log), (2, log)):
+            os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+        sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(os.path.abspath(script))
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    signal.signal(signal.SIGTERM, stop)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status if status >= 0 else 128 - status, flush=True)
+'
+
+run() { # log, command; sets status
+  status=0
+  if [ "$forking" ]; then
+    printf '%q %s\n' "$1" "$2" >&3
+    read -r status <&4 || status=1
+  else
+    bash -c "exec $2" >"$1" 2>&1 </dev/null &
+    wait $! || status=$?
+  fi
 }
 
-start() {
-  local slot=0
-  while [ "${pids[slot]:-}" ]; do ((++slot)); done
+work() { # slot, numbers of runs
+  local slot=$1 index log status
+  trap 'kill $(jobs -p) 2>/dev/null || true; wait; exit' TERM
   [ ${#gpus[@]} -eq 0 ] || export CUDA_VISIBLE_DEVICES=${gpus[slot % ${#gpus[@]}]}
-  bash -c "exec ${commands[$1]}" >"$out/logs/${names[$1]}.log" 2>&1 </dev/null &
-  pids[slot]=$! running[slot]=$1
-  show
+  if [ "$forking" ] && [ $# -gt 1 ]; then
+    mkfifo "$state/lines.$slot" "$state/statuses.$slot"
+    python -c "$fork" <"$state/lines.$slot" >"$state/statuses.$slot" &
+    exec 3>"$state/lines.$slot" 4<"$state/statuses.$slot"
+    rm "$state/lines.$slot" "$state/statuses.$slot"
+  fi
+  for index in "${@:2}"; do
+    kill -0 $$ 2>/dev/null || exit # the script is gone
+    mkdir "$state/$index" 2>/dev/null || continue # another worker took it
+    log=$out/logs/${names[index]}.log
+    rm -f "$log"
+    echo "${names[index]}" >"$state/running.$slot"
+    show
+    run "$log" "${commands[index]}"
+    [ "$status" -le 128 ] || echo "killed by signal $((status - 128))" >>"$log"
+    [ "$status" -eq 0 ] || echo "$index" >>"$state/failed"
+    ! grep -q 'train loss' "$log" || echo "$index" >>"$state/trained"
+    echo "$index" >>"$state/ended"
+  done
+  rm -f "$state/running.$slot"
+  exec 3>&- # the forking process ends with its input
+  wait
 }
 
-mkdir -p "$out/logs" "$figures"
+work_on() { # numbers of runs
+  local slot
+  for ((slot = 0; slot < jobs; slot++)); do work "$slot" "$@" & done
+  wait
+}
+
 plots=(--figures "$figures")
 python -c 'import matplotlib' 2>/dev/null || plots=()
-[ "$data" = synthetic ] || python "${here}data.py" --data "$data" --root "$root" # once, before all want it
+[[ "$data" = synthetic* ]] || python "${here}data.py" --data "$data" --root "$root" # once, before all want it
+began=$SECONDS first=() last=()
 for index in "${!commands[@]}"; do
-  if [[ "${commands[index]}" == *augment.py* ]] && [ ${#plots[@]} -eq 0 ]; then
-    ((++finished))
-    continue
-  fi
-  # the mixture takes its experts from the results of other runs
-  if [[ "${commands[index]}" == *moe.py* ]]; then while [ ${#pids[@]} -gt 0 ]; do reap; done; fi
-  while [ ${#pids[@]} -ge "$jobs" ]; do reap; done
-  start "$index"
+  case ${commands[index]} in
+    *augment.py*) if [ ${#plots[@]} -gt 0 ]; then first+=("$index"); else echo "$index" >>"$state/ended"; fi ;;
+    *moe.py*) last+=("$index") ;; # the mixture takes its experts from the results of other runs
+    *) first+=("$index") ;;
+  esac
 done
-while [ ${#pids[@]} -gt 0 ]; do reap; done
+work_on "${first[@]}"
+work_on "${last[@]}"
 show
 printf '\n\n'
 
@@ -282,11 +356,11 @@ if compgen -G "$out/*/seed*.json" >/dev/null; then
   python "${here}aggregate.py" "$out" "${plots[@]}" || failed_tables=yes
   [ ${#plots[@]} -gt 0 ] || echo "no figures: pip install matplotlib, and start again"
 fi
-if [ ${#failed[@]} -gt 0 ]; then
-  printf '\n%d of %d runs failed:\n' ${#failed[@]} ${#commands[@]}
-  for index in "${failed[@]}"; do
+if [ -s "$state/failed" ]; then
+  printf '\n%d of %d runs failed:\n' "$(count failed)" ${#commands[@]}
+  sort -n "$state/failed" | while read -r index; do
     log=$out/logs/${names[index]}.log
     printf '  %s\n    %s: %s\n' "${commands[index]}" "$log" "$(tail -n 1 "$log")"
   done
 fi
-[ ${#failed[@]} -eq 0 ] && [ ! "${failed_tables:-}" ]
+[ ! -s "$state/failed" ] && [ ! "$failed_tables" ]
