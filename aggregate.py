@@ -796,7 +796,8 @@ def curve(axes, seeds, part, metric, label):
 def legend(figure, axes, title=None):
     """One legend for all panels, below them."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 5 if max(map(len, labels)) < 12 else 3
+    longest = max(map(len, labels))
+    columns = 5 if longest < 12 else 3 if longest < 30 else 1
     figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns, frameon=False)
 
 
