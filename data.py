@@ -1,14 +1,16 @@
-"""Image sets as uint8 tensors: fetched and decoded once, cached, memory-mapped, batched on any device.
+"""Image data sets as uint8 tensors: decoded once, cached, memory-mapped, batched on any device.
 
-    python data.py --data cinic10         # fetch (688 MB), decode, cache, describe
-    python data.py --data path/to/folder  # train/<class>/*, test/<class>/* and, if you have it, valid/<class>/*
+    python data.py --data cinic10         # download (688 MB), decode, cache, describe
+    python data.py --data path/to/folder  # train/<class>/*, test/<class>/*, perhaps valid/<class>/*
 
-A set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
+A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
 """
 
 import argparse
+import collections
 import contextlib
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -25,7 +27,7 @@ import tarfile
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +41,7 @@ SIZE = 32  # pixels a side
 CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
 BLOCK = 4096  # images of an epoch whose random numbers are drawn together; CHUNK is a multiple of it
 SPLITS = ("train", "valid", "test")
-NAMES = ("cinic10", "cifar10", "synthetic")
+NAMES = ("cinic10", "cifar10", "synthetic", "synthetic-small")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 GROUPS = {
     "vehicles": ("airplane", "automobile", "ship", "truck"),
@@ -47,18 +49,17 @@ GROUPS = {
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
-CACHE_VERSION = 3  # part of every cache's name: raise it when decoding changes
+CACHE_VERSION = 4  # raise it when decoding or the layout of a cache changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its links before: tried in turn.
-CINIC10_SIZE, CINIC10_MD5 = 687_544_992, "6ee4d0c996905fe93221de577967a372"
+CINIC10_MD5 = "6ee4d0c996905fe93221de577967a372"
 CINIC10_URLS = (
     "https://datashare.ed.ac.uk/bitstreams/e8e186cc-2688-48f1-aa5a-3fda1a43f8b6/download",
     "https://datashare.ed.ac.uk/server/api/core/bitstreams/e8e186cc-2688-48f1-aa5a-3fda1a43f8b6/content",
     "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
 )
-CIFAR10_MD5 = "c58f30108f718f92721af3b95e74349a"  # of cifar-10-python.tar.gz
-STALLED = 60  # seconds without a byte after which a download is given up
-OTHERWISE = "or use --data cifar10, --data PATH (a folder of your own) or --data synthetic (no download)"
+TIMEOUT = 60  # seconds without a byte after which a download is given up
+OTHERWISE = "or use --data PATH (a folder of your own) or --data synthetic (no download)"
 
 
 class Split(NamedTuple):
@@ -74,110 +75,87 @@ class Dataset(NamedTuple):
     test: Split
     mean: tuple  # of 3 floats: mean of a channel over the train split, pixels in [0, 1]
     std: tuple
-    cache: Path | None  # where it is memory-mapped from
-    fingerprint: str  # of all images and labels, in their order: 16 hexadecimal digits of a SHA-256
+    cache: Path | None  # the folder that it is memory-mapped from
+    fingerprint: str  # of the whole set, before --fraction and --classes: 16 hexadecimal digits
 
 
 def load(data="cinic10", root="data", fraction=1.0, classes=None):
-    """The data set `data` (a name in NAMES or a folder), decoded now if it never was.
+    """The data set `data` (a name in NAMES or a folder), decoded now if it is not in the cache.
 
-    fraction: keep so much of the train split, the same number of images of every class, at least one.
-    classes: `vehicles`, `animals` or names joined by commas; labels are renumbered, names kept.
-    Raises ValueError for a wrong argument, OSError or RuntimeError for data that cannot be had.
+    fraction: keep this part of the train split, the same number of images of every class, at least one.
+    classes: `vehicles`, `animals` or names joined by commas; labels are renumbered.
+    Raises ValueError for a wrong argument, OSError or RuntimeError for data that cannot be loaded.
     """
     root = Path(root)
     if data == "synthetic":
         dataset = synthetic()
+    elif data == "synthetic-small":
+        dataset = synthetic((400, 100, 200))._replace(name=data)
     elif data == "cinic10":
         dataset = _load_cinic10(root)
     elif data == "cifar10":
-        dataset = _load_cached(root, "cifar10", "cifar10", CIFAR10_MD5, lambda: _cifar10(root))
+        dataset = _load_cached(root, data, data, "torchvision", lambda: _cifar10(root))
     elif Path(data).is_dir():
         dataset = _load_folder(Path(data), root, key(data), Path(data).resolve().name)
     else:
-        raise ValueError(f"--data {data}: not one of {', '.join(NAMES)}, and no folder of that name")
+        raise ValueError(f"--data {data}: neither one of {', '.join(NAMES)} nor a folder")
     if classes:
         dataset = _select_classes(dataset, classes)
     if fraction < 1:
         dataset = dataset._replace(train=_subset(dataset.train, fraction))
-    if classes or fraction < 1:  # a part is normalised by its own colours
-        mean, std = _mean_and_std(_histogram(dataset.train.images))
+    if classes or fraction < 1:  # a part has a mean and std of its own
+        mean, std = _mean_and_std(dataset.train.images)
         dataset = dataset._replace(mean=mean, std=std)
     return dataset
 
 
 def to_device(split, device):
-    """The split on the device whole if it fits in half of the free memory, else as it is: `batches` will do
-    with either."""
+    """The split on the device if it fits in half of the free memory, else as it is: `batches` takes both."""
     if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return split
     return Split(split.images.to(device), split.labels.to(device))
 
 
 def batches(split, dataset, device, plan, streams=((),), key=()):
-    """One epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
+    """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
 
-    plan: the order and bounds of `plan`, for len(streams) * N images. streams: lists of functions (uint8 images,
-    generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which augmentation
-    depends. dataset: whose mean and std normalise.
+    plan: (order, bounds) of `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
+    generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which
+    augmentation depends. dataset: whose mean and std normalise.
     """
     order, bounds = plan
     chunks = _chunks(split, order, dataset, device, streams, key)
-    # drawn and not handed out yet; the first of them is number `first` of the epoch
-    images = labels = torch.empty(0)
-    first = 0
+    (images, labels), first = next(chunks), 0  # first: the place of images[0] in the epoch
     for start, end in itertools.pairwise(bounds):
         while first + len(labels) < end:
-            more, rest = next(chunks), start - first < len(labels)
-            images, labels = (
-                torch.cat([old[start - first :], new]) if rest else new
-                for old, new in zip((images, labels), more, strict=True)
-            )
+            rest, new = (images[start - first :], labels[start - first :]), next(chunks)
+            images, labels = map(torch.cat, zip(rest, new, strict=True)) if len(rest[1]) else new
             first = start
         yield images[start - first : end - first], labels[start - first : end - first]
 
 
 def _chunks(split, order, dataset, device, streams, key):
-    """Yield CHUNK images at a time, augmented and normalised, in `order`. Random numbers are drawn on the CPU, for
-    BLOCK images at a time, and depend only on key and place: batch size, CHUNK and device change none of them."""
+    """Yield (images, labels) for CHUNK places of `order` at a time, augmented and normalised.
+
+    Random numbers are drawn on the CPU, for BLOCK images at a time, and depend only on key and place: batch
+    size, CHUNK and device change none of them.
+    """
     count, blocks = len(split.labels), itertools.count()
-    places = order.split(CHUNK)  # below, place // count is the number of an image's stream
-    gathered = _gathered(split, (some % count for some in places), device)
-    for some, (images, labels) in zip(places, gathered, strict=True):
+    chunks = upload(order % count, split.images.device).split(CHUNK)
+    for rows, numbers in zip(chunks, (order // count).split(CHUNK), strict=True):
+        images, labels = (upload(tensor.index_select(0, rows), device) for tensor in split)
         if any(streams):
-            pairs = zip(images.split(BLOCK), (some // count).split(BLOCK), strict=True)
-            parts = [_augment(*pair, streams, seed_from(*key, next(blocks))) for pair in pairs]
-            images = parts[0] if len(parts) == 1 else torch.cat(parts)
+            parts = zip(images.split(BLOCK), numbers.split(BLOCK), strict=True)
+            parts = [_augment(*part, streams, seed_from(*key, next(blocks))) for part in parts]
+            images = torch.cat(parts)
         yield normalise(images, dataset), labels
 
 
-def _gathered(split, chunks, device):
-    """Yield (images, labels) of each chunk of rows, on the device. Where the split is not there itself, the next chunk
-    is read while this one is in use: from disk, if the split is larger than memory."""
-
-    def gather(rows):
-        # By numpy: a second thread that runs PyTorch's parallel code has OpenMP threads of its own, and while it lives,
-        # all of them wait for each other in a way that costs small networks half of their speed
-        part = Split(*(torch.from_numpy(tensor.numpy()[rows.numpy()]) for tensor in split))
-        return Split(*(tensor.pin_memory() for tensor in part)) if device.type == "cuda" else part
-
-    if split.images.device.type != "cpu":
-        for rows in chunks:
-            rows = upload(rows, split.images.device)
-            yield split.images[rows], split.labels[rows]
-        return
-    with ThreadPoolExecutor(1) as reader:
-        ahead = None
-        for rows in itertools.chain(chunks, [None]):
-            ready, ahead = ahead, rows is not None and reader.submit(gather, rows)
-            if ready:
-                images, labels = ready.result()
-                yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
 def plan(total, batch_size, seed=None, epoch=0, steps=None):
-    """An epoch's order, int64 (N,), by seed and epoch alone (seed None keeps it), and the bounds of its batches.
-    steps: that many whole batches, from as many passes in random order as they take."""
+    """The order of an epoch, int64 (N,), and the bounds of its batches, a list. Depends only on seed and epoch.
+
+    seed: None keeps images in order. steps: that many whole batches, from as many passes as they need.
+    """
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     passes = 1 if steps is None else math.ceil(steps * batch_size / total)
     if seed is None:
@@ -188,7 +166,7 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
         order = order[: steps * batch_size]
     bounds = [*range(0, len(order), batch_size), len(order)]
     if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] == 1:
-        # Batch norm cannot train on a single 1x1 map: a last image alone joins the batch before
+        # Batch norm cannot train on a single 1x1 map: a last batch of one image joins the one before
         del bounds[-2]
     return order, bounds
 
@@ -203,23 +181,23 @@ def normalise(images, dataset):
 
 
 def upload(tensor, device):
-    """The tensor on a device, without device synchronization."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on the device, without device synchronization."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _augment(images, numbers, streams, seed):
-    """Pass each image through its stream. numbers: int64 (N,) on the CPU."""
+    """Pass each image through its stream. numbers: int64 (N,) on the CPU, the stream of each image."""
     generator = torch.Generator().manual_seed(seed)
     if len(streams) == 1:
         return _pass(images, streams[0], generator)
     order = numbers.argsort(stable=True)
-    rows, back = upload(torch.stack([order, order.argsort()]), images.device)
+    rows, inverse = upload(torch.stack([order, order.argsort()]), images.device)
     counts = torch.bincount(numbers, minlength=len(streams)).tolist()
-    groups = images.index_select(0, rows).split(counts)
-    parts = [
-        _pass(group, stream, generator) for group, stream in zip(groups, streams, strict=True) if len(group)
-    ]
-    return torch.cat(parts).index_select(0, back)
+    groups = zip(images.index_select(0, rows).split(counts), streams, strict=True)
+    parts = [_pass(group, stream, generator) for group, stream in groups if len(group)]
+    return torch.cat(parts).index_select(0, inverse)
 
 
 def _pass(images, stream, generator):
@@ -229,20 +207,20 @@ def _pass(images, stream, generator):
 
 
 def seed_from(*parts):
-    """A 32-bit seed out of whatever names a use of randomness, so that no two uses share a stream."""
+    """A 32-bit seed from whatever names a use of randomness, so that no two uses share a random sequence."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
 def named(args):
-    """The arguments by name, with --data as a run's name shows it."""
+    """The arguments as {name: value}, with --data as a run's name shows it."""
     return {**vars(args), "data": key(args.data)}
 
 
-# Parts of a set
+# Parts of a data set
 
 
 def class_names(spec):
-    """The names that --classes means: a group's, or those between commas."""
+    """The class names of a --classes value: a group's, or those between commas."""
     return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
 
 
@@ -250,9 +228,8 @@ def _select_classes(dataset, spec):
     names = class_names(spec)
     for name in names:
         if name not in dataset.classes:
-            raise ValueError(
-                f"--classes {spec}: {dataset.name} has no class {name!r}; it has {', '.join(dataset.classes)}"
-            )
+            there = ", ".join(dataset.classes)
+            raise ValueError(f"--classes {spec}: {dataset.name} has no class {name!r}; it has {there}")
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     renumbered = torch.full((len(dataset.classes),), -1)
     renumbered[kept] = torch.arange(len(kept))
@@ -268,8 +245,8 @@ def _select_classes(dataset, spec):
 
 
 def _subset(split, fraction):
-    """The same number of images of every class, at least one: the first of each class in a fixed random
-    order, so that a smaller fraction lies inside a larger one, whatever the seed of the run."""
+    """The same number of images of every class, at least one: the first of each class in a fixed random order,
+    so that a smaller fraction is a part of a larger one."""
     counts = torch.bincount(split.labels)
     per_class = max(1, min(round(fraction * len(split.labels) / len(counts)), int(counts.min())))
     rows = _per_class_shuffled(split.labels, [per_class] * len(counts))
@@ -277,7 +254,7 @@ def _subset(split, fraction):
 
 
 def _per_class_shuffled(labels, counts):
-    """Rows of counts[c] images of each class c, chosen by a fixed seed, in ascending order."""
+    """Rows, int64, ascending, of counts[c] images of each class c, chosen by a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     chosen = []
     for label, count in enumerate(counts):
@@ -286,20 +263,20 @@ def _per_class_shuffled(labels, counts):
     return torch.cat(chosen).sort().values
 
 
-def _hold_out(images, labels, counts):
-    """Arrays split in two: what is left, and counts[c] images of each class c."""
-    held = np.zeros(len(labels), bool)
-    held[_per_class_shuffled(torch.from_numpy(labels), counts).numpy()] = True
-    return (images[~held], labels[~held]), (images[held], labels[held])
+def _held_out(labels):
+    """A mask, bool (N,), of a tenth of each class, at least one image, chosen by a fixed seed. labels: (N,)."""
+    counts = [max(1, round(count / 10)) for count in np.bincount(labels)]
+    mask = np.zeros(len(labels), bool)
+    mask[_per_class_shuffled(torch.from_numpy(labels), counts).numpy()] = True
+    return mask
 
 
-def _histogram(images):
-    """Counts of the 256 values of each channel, int64 (3, 256), of images uint8 (N, 3, H, W)."""
-    return torch.stack([torch.bincount(images[:, c].reshape(-1), minlength=256) for c in range(3)])
-
-
-def _mean_and_std(histogram):
-    """Exact mean and standard deviation of each channel, pixels in [0, 1]; a flat channel has std 1."""
+def _mean_and_std(images):
+    """Exact mean and standard deviation of each channel of images, uint8 (N, 3, H, W), with pixels in [0, 1]: two
+    tuples of 3 floats. The std of a constant channel is 1."""
+    histogram = torch.zeros(3, 256, dtype=torch.int64)
+    for part in images.split(CHUNK):
+        histogram += torch.stack([part[:, c].reshape(-1).bincount(minlength=256) for c in range(3)])
     values = torch.arange(256, dtype=torch.float64) / 255
     weights = histogram.double() / histogram.sum(1, keepdim=True)
     mean = weights @ values
@@ -307,149 +284,123 @@ def _mean_and_std(histogram):
     return tuple(mean.tolist()), tuple(torch.where(std > 0, std, 1.0).tolist())
 
 
+def _fingerprint(splits):
+    """16 hexadecimal digits of the SHA-256 of images and labels of each split, in order."""
+    digest = hashlib.sha256()
+    for tensor in itertools.chain(*splits):
+        digest.update(tensor.numpy())
+    return digest.hexdigest()[:16]
+
+
 # Cache: one folder a data set, with images and labels of each split as .npy, and meta.json
 
 
-def _load_cached(root, key, name, source, make):
-    """The data set out of the cache, or made by `make` and put there. source: what it is made from: the
-    cache's name holds its digest, so that a changed set is made anew, and replaces what it was."""
-    digest = hashlib.sha256(f"{CACHE_VERSION} {source}".encode()).hexdigest()[:16]
-    folder = root / "cache" / f"{key}-{digest}"
-    if not (folder / "meta.json").is_file():
-        with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
-            _make_cache(folder, key, make)
-    try:
-        return _open_cache(folder, name)
-    except Damaged as damage:
-        print(f"{damage}: the images are decoded again")
-        with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
+def _load_cached(root, cache_key, name, source, decode):
+    """The data set from the cache, where it is put first if it is not there.
+
+    source: text that tells what it is made from: a cache with the same key and another source is replaced.
+    decode(): the arguments of _write_cache after the folder.
+    """
+    digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:16]
+    folder = root / "cache" / f"{cache_key}-{digest}"
+    dataset = _open_cache(folder, name)
+    if dataset:
+        return dataset
+    with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
+        dataset = _open_cache(folder, name)  # another process may have made it meanwhile
+        if dataset:
+            return dataset
+        if folder.exists():
+            print(f"{folder} is damaged or of another version: the images are decoded again")
             shutil.rmtree(folder)
-            _make_cache(folder, key, make)
-        return _open_cache(folder, name)
+        with _new_folder(folder) as temporary:
+            _write_cache(temporary, *decode())
+        for old in folder.parent.glob(f"{cache_key}-{'?' * 16}"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+    return _open_cache(folder, name)
 
 
-def _make_cache(folder, key, make):
-    if (folder / "meta.json").is_file():
-        return  # another process has made it while this one waited
-    with _temporary_folder(folder.parent) as temporary:
-        make_arrays(temporary, *make())
-        _put_in_place(temporary, folder)
-    for old in folder.parent.glob(f"{key}-{'?' * 16}"):
-        if old != folder:
-            shutil.rmtree(old, ignore_errors=True)
+def _open_cache(folder, name):
+    """The data set of a cache; None if a file is missing or cut short."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        fields = {field: meta[field] for field in ("mean", "std", "fingerprint")}
+        if meta["version"] == CACHE_VERSION:
+            return Dataset(name, tuple(meta["classes"]), *_open_splits(folder), **fields, cache=folder)
+    except (OSError, ValueError, EOFError, LookupError, TypeError):  # numpy's, json's, and a field's
+        pass
 
 
-def make_arrays(folder, classes, splits):
-    """Write a cache folder. splits: {name: (number, iterator over (images, labels) blocks)}."""
-    digest = hashlib.sha256()
-    for split, (count, blocks) in splits.items():
-        histogram, labels, progress = 0, [], runs.Progress(f"decoding {split}", count)
+def _open_splits(folder, shuffled=True):
+    files = [[folder / f"{split}-{part}.npy" for part in Split._fields] for split in SPLITS]
+    return [Split(*(mapped(file, shuffled) for file in pair)) for pair in files]
+
+
+def _write_cache(folder, classes, splits):
+    """Write the files of a cache.
+
+    splits: {name: (labels, blocks)}; labels: array (N,); blocks: iterator over (images, unreadable), uint8 array
+    (n, 3, 32, 32) and list of (path, reason). Raises RuntimeError that names the unreadable files of all splits.
+    """
+    unreadable = []
+    for split, (labels, blocks) in splits.items():
+        progress = runs.Progress(f"decoding {split}", len(labels))
         with open(folder / f"{split}-images.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, 3, SIZE, SIZE)}
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), 3, SIZE, SIZE)}
             np.lib.format.write_array_header_1_0(file, header)
-            for images, block_labels in blocks:
-                images = np.ascontiguousarray(images)
-                file.write(images)
-                digest.update(images)
-                labels.append(block_labels)
-                if split == "train":
-                    histogram = histogram + _histogram(torch.from_numpy(images))
+            for images, failures in blocks:
+                file.write(np.ascontiguousarray(images))
+                unreadable += failures
                 progress(len(images))
             progress.clear()
             file.flush()
             os.fsync(file.fileno())
-        labels = np.concatenate(labels).astype(np.int64)
-        np.save(folder / f"{split}-labels.npy", labels)
-        digest.update(labels)
-        if split == "train":
-            mean, std = _mean_and_std(histogram)
-    checksums = {path.name: _checksum(path) for path in sorted(folder.glob("*.npy"))}
-    meta = {"classes": list(classes), "mean": mean, "std": std, "fingerprint": digest.hexdigest()[:16]}
-    meta = json.dumps({**meta, "checksums": checksums})
-    (folder / "meta.json").write_text(f"{hashlib.sha256(meta.encode()).hexdigest()}\n{meta}")
+        np.save(folder / f"{split}-labels.npy", labels.astype(np.int64))
+    if unreadable:
+        names = ", ".join([str(path) for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
+        total = sum(len(labels) for labels, _ in splits.values())
+        text = f"{len(unreadable):,} of {total:,} images cannot be read, fix or remove them: {names}"
+        raise RuntimeError(f"{text} (the first: {unreadable[0][1]})")
+    splits = _open_splits(folder, shuffled=False)
+    mean, std = _mean_and_std(splits[0].images)
+    meta = {"version": CACHE_VERSION, "classes": list(classes), "mean": mean, "std": std}
+    (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": _fingerprint(splits)}))
 
 
-class Damaged(RuntimeError):
-    """A file of the cache is not what was written."""
-
-
-def _open_cache(folder, name):
-    """Raises Damaged for a file that is missing, cut short or changed; of a set larger than memory, which would take
-    minutes to read, only the size is looked at."""
-    digest, _, text = (folder / "meta.json").read_bytes().partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != digest:
-        raise Damaged(f"{folder / 'meta.json'} is damaged")
-    meta = json.loads(text)
-
-    def array(file):
-        try:
-            values = mapped(folder / file)
-            whole = meta["checksums"][file] == _checksum(folder / file)
-        except (OSError, ValueError, EOFError):  # numpy's for a file that is missing or too short
-            whole = False
-        if not whole:
-            raise Damaged(f"{folder / file} is damaged")
-        return values
-
-    def split(part):
-        return Split(array(f"{part}-images.npy"), array(f"{part}-labels.npy"))
-
-    splits = {part: split(part) for part in SPLITS}
-    rest = {key: meta[key] for key in ("mean", "std", "fingerprint")}
-    return Dataset(name, tuple(meta["classes"]), **splits, **rest, cache=folder)
-
-
-def mapped(path):
-    """The array of an .npy file as a tensor of which nothing is read before it is used, and to which nothing may be
-    written."""
+def mapped(path, shuffled=True):
+    """The array of an .npy file as a read-only tensor, read from disk where it is used. shuffled: at random places, for
+    which nothing is read ahead in a file larger than half of the memory: it would displace what is needed."""
     array = np.load(path, mmap_mode="r")  # mode c, which could be written to, must fit in memory
-    if _larger_than_memory(array.nbytes):
-        array.base.madvise(mmap.MADV_RANDOM)  # no reading ahead: what is not asked for would push out what is
+    if shuffled and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if array.nbytes > memory / 2:
+            array.base.madvise(mmap.MADV_RANDOM)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch knows no tensor that is for reading only
+        warnings.simplefilter("ignore")  # PyTorch has no read-only tensors
         return torch.from_numpy(array)
 
 
-def _larger_than_memory(size):
-    """Or half of it: no use to read the whole."""
-    return hasattr(os, "sysconf") and size > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2
-
-
-def _checksum(path):
-    """Of a file: the SHA-256 of the sums of its pages, which changes with any byte and costs a tenth of its own."""
-    if _larger_than_memory(path.stat().st_size):
-        return "too large"
-    words = np.memmap(path, np.uint8, "r")
-    whole = len(words) // 4096 * 4096
-    sums = words[:whole].view(np.uint64).reshape(-1, 512).sum(1)
-    return hashlib.sha256(sums.tobytes() + words[whole:].tobytes()).hexdigest()
-
-
 @contextlib.contextmanager
-def _temporary_folder(parent):
-    for left in parent.glob(".unfinished-*"):  # by a process that was killed a day ago or earlier
+def _new_folder(final):
+    """A temporary folder, which is renamed to `final` at the end of the block, or removed if the block fails."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for left in final.parent.glob(".unfinished-*"):  # by a process that was killed a day ago or earlier
         if time.time() - left.stat().st_mtime > 86_400:
             shutil.rmtree(left, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=final.parent))
     try:
-        yield folder
+        yield temporary
+        temporary.chmod(0o755)
+        if not final.is_dir():  # where locks do not work, another process may have been faster
+            temporary.rename(final)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(temporary, final):
-    """Rename a complete folder; if another process was faster, its own is as good."""
-    temporary.chmod(0o755)
-    try:
-        temporary.rename(final)
-    except OSError:
-        if not final.is_dir():
-            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def key(data):
-    """`--data` as a part of a file name: different for different values, short, and safe. A folder below
-    the current one is known by its way from here, so that a moved project keeps its names."""
+    """`--data` as a part of a file name: short, safe, and different for different values. A folder below the
+    current one is identified by its relative path, so that a moved project keeps its names."""
     if data in NAMES:
         return data
     path = Path(data).resolve()
@@ -462,96 +413,94 @@ def key(data):
 
 
 def _load_folder(folder, root, cache_key, name):
-    classes, files = _list_images(folder)
-    source = hashlib.sha256(repr((str(folder.resolve()), classes, files)).encode(errors="surrogateescape"))
-    return _load_cached(
-        root, cache_key, name, source.hexdigest(), lambda: _decode_folder(folder, classes, files)
-    )
+    classes, files = _list_images(folder.resolve())
+    return _load_cached(root, cache_key, name, repr((classes, files)), lambda: _decode_folder(classes, files))
 
 
 def _list_images(folder):
-    """Class names, and of each split a list, class by class, of its files: (name, bytes, time of change), sorted."""
-    splits = [split for split in SPLITS if (folder / split).is_dir()]
+    """Class names, sorted, and {split: list, one entry a class, of lists of (path, bytes, time of change)}.
+
+    Prints how many files are ignored. Raises OSError for a folder that is no data set.
+    """
+    places = {split: folder / split for split in SPLITS}
+    if (folder / "val").is_dir():
+        if places["valid"].is_dir():
+            raise FileExistsError(f"{folder} has both valid/ and val/: rename or remove one of them")
+        places["valid"] = folder / "val"
     for split in ("train", "test"):
-        if split not in splits:
-            raise FileNotFoundError(
-                f"{folder} has no folder {split}/: it needs train/<class>/* and test/<class>/*, and may have valid/"
-            )
-    names = {split: _class_names(folder / split) for split in splits}
-    classes = sorted(set().union(*names.values()))
+        if not places[split].is_dir():
+            needs = "it needs train/<class>/* and test/<class>/*, and may have valid/<class>/*"
+            raise FileNotFoundError(f"{folder} has no folder {split}/: {needs}")
+    ignored, found = collections.Counter(), {}
+    for split, place in places.items():
+        if place.is_dir():
+            files, folders = _scan(place)
+            ignored.update(map(_kind, files))
+            found[split] = {entry.name: _list_files(entry.path, ignored) for entry in folders}
+    if ignored:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
+        print(f"{ignored.total():,} files ignored: {kinds}")
+    classes = sorted(set().union(*found.values()))
     if not classes:
-        raise FileNotFoundError(f"{folder / 'train'} has no class folders: it needs train/<class>/*")
-    files = {split: [] for split in splits}
-    for split in splits:
-        for name in classes:
-            if name not in names[split]:
-                raise FileNotFoundError(
-                    f"{folder / split} has no folder for class {name!r}, which another split has"
-                )
-            found = _list_files(folder / split / name)
-            if not found:
-                kinds = " ".join(IMAGE_SUFFIXES)
-                raise FileNotFoundError(
-                    f"{folder / split / name} is empty: it needs at least one image ({kinds})"
-                )
-            files[split].append(found)
-    return classes, files
+        raise FileNotFoundError(f"{places['train']} has no class folders: it needs train/<class>/*")
+    for split, name in itertools.product(found, classes):
+        if not found[split].get(name):
+            needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
+            raise FileNotFoundError(f"{places[split] / name} is missing or has no images: {needs}")
+    return classes, {split: [by_class[name] for name in classes] for split, by_class in found.items()}
 
 
-def _list_files(folder):
-    """(name, bytes, time of change) of each image file, sorted: with 270,000 files, most of a start's time."""
+def _list_files(folder, ignored):
+    """[(path, bytes, time of change), ...] of the images in a folder and below, in ImageFolder's order."""
+    files, folders = _scan(folder)
+    images = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES) and file.is_file()]
+    ignored.update(map(_kind, set(files).difference(images)))
+    stats = [(image.path, image.stat()) for image in images]
+    found = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    for below in folders:
+        found += _list_files(below.path, ignored)
+    return found
+
+
+def _scan(folder):
+    """Files and folders in a folder, sorted by name, as os.DirEntry; hidden ones are left out."""
     with os.scandir(folder) as entries:
-        return sorted(
-            (entry.name, stat.st_size, stat.st_mtime_ns)
-            for entry in entries
-            if entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.name[0] != "." and entry.is_file()
-            for stat in (entry.stat(),)
-        )
+        entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    return [e for e in entries if not e.is_dir()], [e for e in entries if e.is_dir()]
 
 
-def _class_names(folder):
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+def _kind(file):
+    if not file.is_file():
+        return "broken link or special file"
+    return os.path.splitext(file.name)[1].lower() or "without suffix"
 
 
-def _decode_folder(folder, classes, files):
-    """Arguments of make_arrays. Without valid/, a tenth of train, class by class, at least one image."""
-    files = {
-        split: [
-            (os.path.join(folder, split, name, file), label)
-            for label, (name, found) in enumerate(zip(classes, of_class, strict=True))
-            for file, *_ in found
-        ]
-        for split, of_class in files.items()
-    }
-    if "valid" in files:
-        return classes, {split: (len(files[split]), _decode(files[split])) for split in SPLITS}
-    images, labels = (np.concatenate(arrays) for arrays in zip(*_decode(files["train"]), strict=True))
-    counts = np.bincount(labels)
-    if counts.min() < 2:
-        raise ValueError(
-            f"class {classes[counts.argmin()]!r} has one image in train/: too few to split off valid/"
-        )
-    train, valid = _hold_out(images, labels, [max(1, round(count / 10)) for count in counts])
-    splits = {"train": (len(train[0]), [train]), "valid": (len(valid[0]), [valid])}
-    return classes, {**splits, "test": (len(files["test"]), _decode(files["test"]))}
+def _decode_folder(classes, files):
+    """Arguments of _write_cache. Without valid/, a tenth of train becomes the valid split."""
+    paths = {split: [path for found in files[split] for path, *_ in found] for split in files}
+    labels = {split: np.repeat(np.arange(len(classes)), list(map(len, files[split]))) for split in files}
+    if "valid" not in files:
+        for name, found in zip(classes, files["train"], strict=True):
+            if len(found) < 2:
+                raise RuntimeError(f"class {name!r} has one image in train/: too few to split off valid/")
+        held = _held_out(labels["train"])
+        for split, mask in (("valid", held), ("train", ~held)):
+            paths[split] = list(itertools.compress(paths["train"], mask))
+            labels[split] = labels["train"][mask]
+    return classes, {split: (labels[split], _decode(paths[split])) for split in SPLITS}
 
 
-def _decode(entries, block=500):
-    """Decode files on all cores: yields (images, labels) of `block` files at a time, in their order."""
-    blocks = [entries[i : i + block] for i in range(0, len(entries), block)]
-    workers = min(
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(), len(blocks)
-    )
-    if workers == 1 or len(entries) < 4 * block:  # starting processes would take longer
-        yield from map(_decode_block, blocks)
-        return
-    method = (
-        "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    )  # no second import of torch
-    try:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context(method), _leave_signals_to_the_parent)
-    except OSError:  # no /dev/shm, no semaphores
+def _decode(paths, block=500):
+    """Decode files on all cores: yield (images, unreadable), as _write_cache takes them, of `block` at a time."""
+    blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = None
+    if cores > 1 and len(blocks) >= 4:  # for fewer, starting processes would take longer
+        fork = "fork" in multiprocessing.get_all_start_methods()  # saves a second import of torch
+        context = multiprocessing.get_context("fork" if fork else None)
+        with contextlib.suppress(OSError):  # no /dev/shm, no semaphores: decode in this process
+            pool = ProcessPoolExecutor(min(cores, len(blocks)), context, _leave_signals_to_the_parent)
+    if pool is None:
         yield from map(_decode_block, blocks)
         return
     with pool:
@@ -566,13 +515,18 @@ def _leave_signals_to_the_parent():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _decode_block(entries):
-    images = np.stack([read_image(path) for path, _ in entries])
-    return images, np.array([label for _, label in entries])
+def _decode_block(paths):
+    images, unreadable = np.zeros((len(paths), 3, SIZE, SIZE), np.uint8), []
+    for row, path in enumerate(paths):
+        try:
+            images[row] = read_image(path)
+        except RuntimeError as error:
+            unreadable.append((path, str(error)))
+    return images, unreadable
 
 
 def read_image(path):
-    """Any image file as RGB, uint8 (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper eight
+    """Any image file as RGB, uint8 array (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper eight
     bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError that names the file."""
     try:
         with Image.open(path) as image:
@@ -585,73 +539,73 @@ def read_image(path):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
             return np.asarray(image).transpose(2, 0, 1)
     except Exception as error:  # noqa: BLE001 (a damaged file can raise nearly anything)
-        raise RuntimeError(f"{path} cannot be read as an image ({error}): mend it or take it out") from None
+        raise RuntimeError(f"{path} cannot be read as an image ({error})") from None
 
 
 # CINIC-10 and CIFAR-10
 
 
 def _load_cinic10(root):
-    """Out of the cache, an unpacked tree, an archive, or the network, whichever is there first."""
-    trees = [root / "cinic10", root / "CINIC-10", root]
-    tree = next((t for t in trees if all((t / split).is_dir() for split in SPLITS)), None)
-    if tree is None:
-        caches = sorted((root / "cache").glob("cinic10-*/meta.json"))
-        if caches:  # the images have been decoded, and were then cleared away
-            try:
-                return _open_cache(caches[0].parent, "cinic10")
-            except Damaged as damage:
-                print(f"{damage}: CINIC-10 is fetched again")
-        tree = trees[0]
+    """From an unpacked folder, the cache, an archive, or the network, whichever is there first."""
+    folders = [root / "cinic10", root / "CINIC-10", root]
+    folder = next((f for f in folders if all((f / split).is_dir() for split in SPLITS)), None)
+    if folder is None:
+        for cache in (root / "cache").glob("cinic10-*"):  # whose images were removed after decoding
+            dataset = _open_cache(cache, "cinic10")
+            if dataset:
+                return dataset
+        folder = folders[0]
         with runs.exclusive(root / ".cinic10.lock"):
-            if not tree.is_dir():  # else another process has fetched it while this one waited
-                _unpack(_download_cinic10(root), tree)
-    return _load_folder(tree, root, "cinic10", "cinic10")
+            if not folder.is_dir():  # else another process has unpacked it meanwhile
+                with _new_folder(folder) as temporary:
+                    _unpack_cinic10(root, temporary)
+    return _load_folder(folder, root, "cinic10", "cinic10")
 
 
-def _download_cinic10(root):
-    """The path of CINIC-10.tar.gz, checked; fetched if it is not there."""
+def _unpack_cinic10(root, folder):
+    """Unpack root/CINIC-10.tar.gz, which is downloaded first if it is not there, into a folder.
+
+    Raises RuntimeError for a damaged archive, and for a member that would leave the folder.
+    """
     from torchvision.datasets import utils
 
     archive = root / "CINIC-10.tar.gz"
-    if archive.exists():
-        if not _is_cinic10(archive):
-            raise RuntimeError(
-                f"{archive} is damaged or another file (wrong size or MD5): remove it and start again"
-            )
-        return archive
-    root.mkdir(parents=True, exist_ok=True)
-    reasons = []
+    if not archive.exists():
+        _download_cinic10(folder / archive.name)
+        (folder / archive.name).rename(archive)
+    elif not utils.check_integrity(archive, CINIC10_MD5):
+        raise RuntimeError(f"{archive} is damaged or another file (wrong MD5): remove it and start again")
+    print(f"unpacking {archive}", flush=True)
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")  # some versions of torchvision's do not filter
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
+
+
+def _download_cinic10(archive):
+    from torchvision.datasets import utils
+
     for url in CINIC10_URLS:
-        print(f"fetching {url}", flush=True)
-        # Never taken for whole: it gets its place when it is checked
-        with _temporary_folder(root) as temporary:
-            try:
-                with _impatient():
-                    utils.download_url(url, temporary, filename=archive.name)
-                if _is_cinic10(temporary / archive.name):
-                    (temporary / archive.name).rename(archive)
-                    return archive
-                reasons.append(f"{(temporary / archive.name).stat().st_size:,} bytes that are not CINIC-10")
-            except (OSError, RuntimeError, ValueError) as error:
-                reasons.append(str(error) or type(error).__name__)
+        print(f"downloading {url}", flush=True)
+        try:
+            with _download_settings():
+                utils.download_url(url, archive.parent, archive.name, CINIC10_MD5)
+            return
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+            print(f"failed: {reason}")
     raise RuntimeError(
-        f"CINIC-10 cannot be fetched ({'; '.join(reasons)}): connect to the network, put CINIC-10.tar.gz into "
-        f"{root}, {OTHERWISE}"
+        f"CINIC-10 cannot be downloaded ({reason}): connect to the network, put {archive.name} from "
+        f"{CINIC10_URLS[0]} into the folder of --root, use --data cifar10, {OTHERWISE}"
     )
 
 
-def _is_cinic10(archive):
-    from torchvision.datasets import utils
-
-    return archive.stat().st_size == CINIC10_SIZE and utils.check_md5(archive, CINIC10_MD5)
-
-
 @contextlib.contextmanager
-def _impatient():
-    """Inside, a connection that stalls fails; a progress bar is drawn on a terminal only."""
+def _download_settings():
+    """In the block, a stalled connection fails after TIMEOUT, and a progress bar is shown on a terminal only."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED)
+    socket.setdefaulttimeout(TIMEOUT)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with quiet:
@@ -660,48 +614,23 @@ def _impatient():
         socket.setdefaulttimeout(before)
 
 
-def _unpack(archive, folder):
-    """Unpack into a temporary folder that gets its name when complete. Raises RuntimeError for a member that
-    would leave it (absolute, .., a link out, a device), and for an archive that is no such data set."""
-    with _temporary_folder(folder.parent) as temporary:
-        progress = runs.Progress(f"unpacking {archive.name}", 270_033)  # images and their folders
-
-        def members(tar):
-            for member in tar:
-                progress(1)
-                yield member
-            progress.clear()
-
-        try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(temporary, members(tar), filter="data")
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise RuntimeError(
-                f"{archive} cannot be unpacked ({error}): remove it and start again"
-            ) from error
-        missing = [split for split in SPLITS if not (temporary / split).is_dir()]
-        if missing:
-            raise RuntimeError(f"{archive} has no {missing[0]}/ at its top: it is not CINIC-10")
-        _put_in_place(temporary, folder)
-
-
 def _cifar10(root):
-    """Arguments of make_arrays: 5,000 of the 50,000 training images, 500 a class, become the valid split."""
-    from torchvision import datasets
+    """Arguments of _write_cache: 5,000 of the 50,000 training images, 500 a class, become the valid split."""
+    from torchvision.datasets import CIFAR10
 
     try:
-        with _impatient():
-            train, test = (datasets.CIFAR10(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
+        with _download_settings():
+            train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise RuntimeError(
-            f"CIFAR-10 cannot be fetched ({error}): connect to the network, put cifar-10-python.tar.gz into {root}, "
-            "or use --data PATH (a folder of your own) or --data synthetic (no download)"
+            f"CIFAR-10 cannot be downloaded ({error}): connect to the network, put {CIFAR10.filename} from "
+            f"{CIFAR10.url} into {root}, {OTHERWISE}"
         ) from error
-    arrays = [(part.data.transpose(0, 3, 1, 2), np.array(part.targets)) for part in (train, test)]
-    kept, valid = _hold_out(*arrays[0], [count // 10 for count in np.bincount(arrays[0][1])])
-    splits = {"train": kept, "valid": valid, "test": arrays[1]}
+    held = _held_out(np.array(train.targets))
+    parts = {"train": (train, ~held), "valid": (train, held), "test": (test, slice(None))}
     return train.classes, {
-        split: (len(labels), [(images, labels)]) for split, (images, labels) in splits.items()
+        split: (np.array(part.targets)[rows], [(part.data[rows].transpose(0, 3, 1, 2), [])])
+        for split, (part, rows) in parts.items()
     }
 
 
@@ -709,19 +638,18 @@ def _cifar10(root):
 
 
 def synthetic(counts=(2000, 500, 1000)):
-    """Ten classes drawn by the program: vehicles from straight edges, animals from round ones, at random
-    place, size, turn and colour on a noisy ground, so that no colour tells the class. Always the same."""
+    """Ten classes drawn by the program: vehicles from straight edges, animals from round ones, at random place,
+    size, turn and colour on a noisy ground, so that no colour tells the class. Always the same bits.
+
+    counts: images in train, valid and test.
+    """
     splits = []
     for split, count in enumerate(counts):
         generator = torch.Generator().manual_seed(seed_from("synthetic", split))
         labels = torch.arange(count) % len(CLASSES)
         splits.append(Split(_draw(labels, generator), labels))
-    mean, std = _mean_and_std(_histogram(splits[0].images))
-    digest = hashlib.sha256()
-    for tensor in itertools.chain(*splits):
-        digest.update(tensor.numpy())
-    fingerprint = digest.hexdigest()[:16]
-    return Dataset("synthetic", CLASSES, *splits, mean=mean, std=std, cache=None, fingerprint=fingerprint)
+    mean, std = _mean_and_std(splits[0].images)
+    return Dataset("synthetic", CLASSES, *splits, mean, std, cache=None, fingerprint=_fingerprint(splits))
 
 
 def _draw(labels, generator):
@@ -769,17 +697,16 @@ def _draw(labels, generator):
 
 
 def describe(dataset):
-    """What a person wants to know of a data set: a few lines of text."""
+    """A data set in a few lines of text."""
     splits = {name: getattr(dataset, name) for name in SPLITS}
+    bytes_used = sum(split.images.nbytes + split.labels.nbytes for split in splits.values())
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
         "images:  " + ", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()),
-        *(
-            f"{name}:    " + ", ".join(f"{value:.4f}" for value in getattr(dataset, name))
-            for name in ("mean", "std")
-        ),
-        f"bytes:   {sum(split.images.nbytes + split.labels.nbytes for split in splits.values()):,}",
-        f"cache:   {dataset.cache or 'none: drawn or cut out anew at every start'}",
+        "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
+        "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
+        f"bytes:   {bytes_used:,}",
+        f"cache:   {dataset.cache or 'none, drawn at every start'}",
     ]
     return "\n".join(lines)
 
@@ -787,16 +714,13 @@ def describe(dataset):
 def add_arguments(parser):
     """The arguments of `load`, which every script has."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="cinic10", help="cinic10, cifar10, synthetic (drawn by the program, needs no "
-                       "network), or a folder with train/<class>/* and test/<class>/* (default: %(default)s)")  # fmt: skip
-    group.add_argument(
-        "--root", default="data", help="folder for downloads and decoded images (default: %(default)s)"
-    )
-    group.add_argument("--fraction", type=_fraction, default=1.0, help="use this part of the train split, in (0, 1], "
-                       "the same number of images of every class (default: all)")  # fmt: skip
-    group.add_argument(
-        "--classes", help="use these classes only: vehicles, animals, or names such as cat,dog"
-    )
+    add = group.add_argument
+    choices = f"{', '.join(NAMES)}, or a folder with train/<class>/* and test/<class>/*"
+    add("--data", default="cinic10", help=f"{choices} (default: %(default)s)")
+    add("--root", default="data", help="folder for downloads and decoded images (default: %(default)s)")
+    part = "part of the train split to use, in (0, 1], the same number of images of every class"
+    add("--fraction", type=_fraction, default=1.0, help=f"{part} (default: all)")
+    add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
 
 
 def _fraction(text):

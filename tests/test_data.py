@@ -4,18 +4,33 @@ import io
 import itertools
 import os
 import pickle
+import shutil
+import subprocess
+import sys
 import tarfile
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import HOUSE
 from PIL import Image
 from torchvision import datasets, transforms
 
 import augment
 import data
+import runs
+
+CPU = torch.device("cpu")
+PLAIN = SimpleNamespace(mean=(0, 0, 0), std=(1, 1, 1))  # whose images are only divided by 255
+
+
+def batches(split, size, seed=None, epoch=0, dataset=PLAIN, streams=((),)):
+    """One epoch as `train.train` asks for it."""
+    plan = data.plan(len(split.labels) * len(streams), size, seed, epoch)
+    return data.batches(split, dataset, CPU, plan, streams, (seed, epoch))
 
 
 def test_synthetic_is_always_the_same_balanced_and_colour_does_not_tell_the_class():
@@ -73,12 +88,109 @@ def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_anew(
     assert len(list((tmp_path / "root" / "cache").iterdir())) == 1  # the old one is cleared away
 
 
-def test_a_cache_is_whole_or_not_there(image_folder, tmp_path):
+def test_a_cache_is_complete_or_absent(image_folder, tmp_path):
     folder = image_folder()
     (folder / "test" / "dog" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(RuntimeError, match=r"test/dog/1\.png cannot be read"):
+    with pytest.raises(RuntimeError, match=r"test/dog/1\.png"):
         data.load(str(folder), tmp_path / "root")
     assert list((tmp_path / "root" / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["cut", "header", "empty", "missing"])
+@pytest.mark.parametrize("file", ["train-images.npy", "test-labels.npy", "meta.json"])
+def test_a_damaged_cache_is_named_and_decoded_again(file, how, image_folder, tmp_path, capsys):
+    folder = image_folder()
+    dataset = data.load(folder, tmp_path / "root")
+    images = dataset.train.images.clone()
+    path = dataset.cache / file
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(
+            {"cut": content[: len(content) // 2], "header": b"?" + content[1:], "empty": b""}[how]
+        )
+    again = data.load(folder, tmp_path / "root")
+    assert (
+        f"{dataset.cache} is damaged or of another version: the images are decoded" in capsys.readouterr().out
+    )
+    assert torch.equal(again.train.images, images)
+    data.load(folder, tmp_path / "root")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_cache_of_another_version_is_made_again(image_folder, tmp_path, monkeypatch, capsys):
+    folder = image_folder()
+    data.load(folder, tmp_path / "root")
+    monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
+    data.load(folder, tmp_path / "root")
+    assert "of another version" in capsys.readouterr().out
+    data.load(folder, tmp_path / "root")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_finished_cache_is_read_from_a_folder_that_cannot_be_written(image_folder, tmp_path, monkeypatch):
+    folder = image_folder()
+    first = data.load(folder, tmp_path / "root")
+    monkeypatch.setattr(runs, "exclusive", lambda path: pytest.fail("a lock is a file"))
+    assert torch.equal(data.load(folder, tmp_path / "root").test.images, first.test.images)
+
+
+def test_val_is_valid(image_folder, tmp_path):
+    folder = image_folder()
+    valid = data.load(folder, tmp_path / "root").valid.images.clone()
+    os.rename(folder / "valid", folder / "val")
+    assert torch.equal(data.load(folder, tmp_path / "root").valid.images, valid)
+
+
+def test_images_in_subfolders_are_found_in_the_order_of_image_folder(image_folder, tmp_path):
+    folder = image_folder(splits=(("train", 12), ("valid", 1), ("test", 1)))
+    cat = folder / "train" / "cat"
+    for number, below in enumerate(("b", "a", "a/deeper", "C")):
+        (cat / below).mkdir(parents=True)
+        for file in (2 * number, 2 * number + 1):
+            os.rename(cat / f"{file}.png", cat / below / f"{9 - file}.png")
+    train = data.load(folder, tmp_path / "root").train
+    reference = datasets.ImageFolder(folder / "train", transforms.PILToTensor())
+    assert torch.equal(train.images, torch.stack([image for image, _ in reference]))
+    assert train.labels.tolist() == reference.targets
+
+
+def test_ignored_files_are_counted_in_one_line(image_folder, tmp_path, capsys):
+    folder = image_folder()
+    data.load(folder, tmp_path / "root")
+    assert capsys.readouterr().out == ""
+    for number in range(28):
+        (folder / "train" / "cat" / f"{number}.avif").write_text("")
+    (folder / "test" / "notes.TXT").write_text("")
+    (folder / "test" / "dog" / "below").mkdir()
+    (folder / "test" / "dog" / "below" / "notes.txt").write_text("")
+    (folder / "test" / "dog" / ".hidden.txt").write_text("")
+    (folder / "test" / "dog" / "link.png").symlink_to("nowhere")
+    os.mkfifo(folder / "test" / "dog" / "pipe.png")
+    data.load(folder, tmp_path / "root")
+    wanted = "32 files ignored: 28 .avif, 2 .txt, 2 broken link or special file\n"
+    assert capsys.readouterr().out == wanted
+
+
+@pytest.mark.parametrize("count", [3, 2300])
+def test_all_unreadable_images_are_counted_and_ten_are_named(count, image_folder, tmp_path):
+    """2,300 images are decoded by several processes."""
+    folder = image_folder(splits=(("train", 6), ("valid", 2), ("test", 3)))
+    for number in range(count):
+        (folder / "train" / "cat" / f"bad{number:04}.png").write_bytes(b"no image")
+    (folder / "valid" / "dog" / "1.png").write_bytes(b"")
+    with pytest.raises(RuntimeError, match="cannot be read, fix or remove them") as caught:
+        data.load(folder, tmp_path / "root")
+    text = str(caught.value)
+    assert text.startswith(f"{count + 1:,} of {count + 22:,} images")
+    names = text.split("remove them: ")[1].split(" (the first")[0].split(", ")
+    bad = folder.resolve() / "train" / "cat"
+    assert names[:3] == [str(bad / f"bad{number:04}.png") for number in range(3)]
+    if count == 3:
+        assert len(names) == 4 and names[3].endswith("valid/dog/1.png")
+    else:
+        assert len(names) == 11 and names[10] == "..."
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
@@ -160,14 +272,40 @@ def test_classes_are_renumbered_and_keep_their_names():
         data.load("synthetic", classes="cat,cow")
 
 
+def test_synthetic_small_is_drawn_like_synthetic_with_fewer_images():
+    small = data.load("synthetic-small")
+    assert small.name == "synthetic-small" and small.classes == data.CLASSES
+    assert [len(getattr(small, split).labels) for split in data.SPLITS] == [400, 100, 200]
+    drawn = data.synthetic((400, 100, 200))
+    assert torch.equal(small.train.images, drawn.train.images) and small.fingerprint == drawn.fingerprint
+    assert data.key("synthetic-small") == "synthetic-small"
+
+
+def test_the_bits_of_synthetic_do_not_change():
+    assert data.load("synthetic").fingerprint == "19bbdb2a20a26bb7"
+
+
+def test_a_fingerprint_counts_every_image_and_label_of_every_split_in_order(image_folder, tmp_path):
+    dataset = data.load(str(image_folder()), tmp_path / "root")
+    splits = [getattr(dataset, name) for name in data.SPLITS]
+    content = b"".join(tensor.numpy().tobytes() for split in splits for tensor in split)
+    assert dataset.fingerprint == hashlib.sha256(content).hexdigest()[:16] == data._fingerprint(splits)
+    seen = {dataset.fingerprint}
+    for number, part in itertools.product(range(3), range(2)):
+        changed = [data.Split(*(tensor.clone() for tensor in split)) for split in splits]
+        changed[number][part].view(-1)[-1] ^= 1
+        seen.add(data._fingerprint(changed))
+    seen.add(data._fingerprint([data.Split(split.images.flip(0), split.labels) for split in splits]))
+    assert len(seen) == 8
+
+
 def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monkeypatch):
     split = data.Split(
         torch.arange(210, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), torch.arange(210)
     )
-    cpu = torch.device("cpu")
 
     def labels(**options):
-        return [b.tolist() for _, b in data.batches(split, 16, (0, 0, 0), (1, 1, 1), cpu, **options)]
+        return [labels.tolist() for _, labels in batches(split, 16, **options)]
 
     order = labels(seed=1, epoch=1)
     assert [len(batch) for batch in order] == [16] * 13 + [2]
@@ -179,9 +317,16 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monke
     assert order == labels(seed=1, epoch=1)
 
 
+def test_steps_are_whole_batches_from_as_many_passes_as_they_need():
+    order, bounds = data.plan(50, 16, seed=1, epoch=1, steps=7)
+    assert bounds == [*range(0, 113, 16)] and len(order) == 112
+    assert torch.bincount(order, minlength=50).tolist().count(2) == 38  # the others come a third time
+    assert torch.equal(order[:50].sort().values, torch.arange(50))
+
+
 @pytest.mark.parametrize("name", ["hybrid", "flip+rotation+crop+jitter+autoaugment+cutout"])
-def test_augmentation_hangs_on_seed_and_epoch_alone(name, monkeypatch, tmp_path):
-    """Not on the batch size, the size of a chunk, or where the images lie."""
+def test_augmentation_depends_on_seed_and_epoch_alone(name, monkeypatch, tmp_path):
+    """Not on the batch size, the size of a chunk, or where the images are."""
     dataset = data.load("synthetic", fraction=0.25)
     np.save(tmp_path / "images.npy", dataset.train.images)
     in_file = data.Split(data.mapped(tmp_path / "images.npy"), dataset.train.labels)
@@ -190,8 +335,7 @@ def test_augmentation_hangs_on_seed_and_epoch_alone(name, monkeypatch, tmp_path)
 
     def epoch(split=dataset.train, size=64, chunk=400, seed=1, epoch=1):
         monkeypatch.setattr(data, "CHUNK", chunk)
-        options = (dataset.mean, dataset.std, torch.device("cpu"), streams, seed, epoch)
-        return torch.cat([images for images, _ in data.batches(split, size, *options)])
+        return torch.cat([images for images, _ in batches(split, size, seed, epoch, dataset, streams)])
 
     whole = epoch()
     for other in ({"size": 7}, {"size": 450}, {"chunk": 100}, {"chunk": 300}, {"split": in_file}):
@@ -201,7 +345,7 @@ def test_augmentation_hangs_on_seed_and_epoch_alone(name, monkeypatch, tmp_path)
 
 
 def test_a_set_larger_than_memory_is_mapped(tmp_path):
-    """A file with holes, of a tebibyte that nobody wrote."""
+    """A sparse file of a tebibyte."""
     count = 2**40 // 3072
     path = tmp_path / "images.npy"
     with open(path, "wb") as file:
@@ -210,25 +354,19 @@ def test_a_set_larger_than_memory_is_mapped(tmp_path):
         file.truncate(file.tell() + count * 3072)
     split = data.Split(data.mapped(path), torch.zeros(count // 1000, dtype=torch.int64))
     assert split.images.shape == (count, 3, 32, 32) and split.images[-1].sum() == 0
-    batches = data.batches(split, 64, (0,) * 3, (1,) * 3, torch.device("cpu"), seed=1)
-    assert next(batches)[0].shape == (64, 3, 32, 32)
+    assert next(batches(split, 64, seed=1))[0].shape == (64, 3, 32, 32)
 
 
 def test_batches_are_normalised_channels_last_and_match_their_labels():
     dataset = data.load("synthetic", fraction=0.1)
-    for images, labels in data.batches(
-        dataset.train, 64, dataset.mean, dataset.std, torch.device("cpu"), seed=1
-    ):
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))
+    for images, labels in batches(dataset.train, 64, seed=1, dataset=dataset):
         assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
         for image, label in zip(images[:3], labels[:3], strict=True):
-            pixels = image * torch.tensor(dataset.std).view(3, 1, 1) + torch.tensor(dataset.mean).view(
-                3, 1, 1
-            )
-            found = (dataset.train.images == (pixels * 255).round()).all(3).all(2).all(1).nonzero()[0, 0]
+            pixels = ((image * std + mean) * 255).round()
+            found = (dataset.train.images == pixels).all(3).all(2).all(1).nonzero()[0, 0]
             assert dataset.train.labels[found] == label
-    whole = torch.cat(
-        [i for i, _ in data.batches(dataset.train, 64, dataset.mean, dataset.std, torch.device("cpu"))]
-    )
+    whole = torch.cat([images for images, _ in batches(dataset.train, 64, dataset=dataset)])
     assert whole.mean((0, 2, 3)).abs().max() < 1e-4 and (whole.std((0, 2, 3)) - 1).abs().max() < 1e-3
 
 
@@ -237,8 +375,8 @@ def test_each_image_goes_once_through_every_stream():
     streams = [[lambda images, _: images + 1], [lambda images, _: images + 2, lambda images, _: images + 3]]
     seen = [
         (label, int(image[0, 0, 0]))
-        for images, labels in data.batches(
-            split, 7, (0,) * 3, (1 / 255,) * 3, torch.device("cpu"), streams, 3
+        for images, labels in batches(
+            split, 7, 3, dataset=SimpleNamespace(mean=(0,) * 3, std=(1 / 255,) * 3), streams=streams
         )
         for image, label in zip(images, labels.tolist(), strict=True)
     ]
@@ -248,7 +386,7 @@ def test_each_image_goes_once_through_every_stream():
 def test_a_last_batch_of_one_joins_the_one_before_when_shuffled():
     """Batch norm cannot train on a single 1x1 map."""
     split = data.Split(torch.zeros(33, 3, 2, 2, dtype=torch.uint8), torch.arange(33))
-    sizes = [len(b) for _, b in data.batches(split, 16, (0,) * 3, (1,) * 3, torch.device("cpu"), seed=1)]
+    sizes = [len(labels) for _, labels in batches(split, 16, seed=1)]
     assert sizes == [16, 17]
 
 
@@ -257,13 +395,16 @@ def test_a_last_batch_of_one_joins_the_one_before_when_shuffled():
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves `files` (path -> bytes); a path with /cut closes after half, /stall stops half-way."""
+    """Serves `files` (path -> bytes); /cut closes after half, /stall stops half-way, /garbage is not HTTP."""
     files, asked = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
             content = files.get(self.path)
+            if "garbage" in self.path:
+                self.wfile.write(b"hello\r\n\r\n")
+                return
             if content is None:
                 self.send_error(500 if "broken" in self.path else 404)
                 return
@@ -303,9 +444,8 @@ def cinic10(server, archive, monkeypatch):
     files, asked, address = server
     files["/good.tar.gz"] = files["/cut.tar.gz"] = files["/stall.tar.gz"] = archive
     files["/other.tar.gz"] = b"x" * len(archive)
-    monkeypatch.setattr(data, "CINIC10_SIZE", len(archive))
     monkeypatch.setattr(data, "CINIC10_MD5", hashlib.md5(archive).hexdigest())
-    monkeypatch.setattr(data, "STALLED", 0.5)
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
 
     def links(*names):
         monkeypatch.setattr(data, "CINIC10_URLS", [f"{address}/{name}.tar.gz" for name in names])
@@ -314,15 +454,14 @@ def cinic10(server, archive, monkeypatch):
     return links, asked
 
 
-def test_cinic10_is_fetched_once_whatever_the_first_links_do(cinic10, tmp_path):
+def test_cinic10_is_downloaded_once_whatever_the_first_links_do(cinic10, tmp_path):
     links, asked = cinic10
-    links("missing", "broken", "cut", "other", "stall", "good")
+    names = ("missing", "broken", "garbage", "cut", "other", "stall", "good")
+    links(*names)
     dataset = data.load("cinic10", tmp_path / "root")
     assert dataset.name == "cinic10" and dataset.classes == data.CLASSES
     assert [len(getattr(dataset, s).labels) for s in data.SPLITS] == [20, 10, 10]
-    assert {path for path in asked} == {
-        f"/{n}.tar.gz" for n in ("missing", "broken", "cut", "other", "stall", "good")
-    }
+    assert set(asked) == {f"/{name}.tar.gz" for name in names}
     count = len(asked)
     data.load("cinic10", tmp_path / "root")
     assert len(asked) == count
@@ -342,10 +481,12 @@ def test_cinic10_that_is_there_is_used_as_it_is(cinic10, archive, tmp_path):
     assert asked == []
 
 
-def test_an_interrupted_download_is_never_taken_for_whole(cinic10, archive, tmp_path):
+def test_an_interrupted_download_is_never_taken_for_complete(cinic10, archive, tmp_path):
     links, _ = cinic10
     links("cut", "missing")
-    with pytest.raises(RuntimeError, match="cannot be fetched .*404.*--data cifar10"):
+    with pytest.raises(
+        RuntimeError, match="cannot be downloaded .*404.*CINIC-10.tar.gz from http.*--data cifar10"
+    ):
         data.load("cinic10", tmp_path / "root")
     assert list((tmp_path / "root").iterdir()) == []
     left = tmp_path / "root" / ".unfinished-1"  # as a killed process leaves it
@@ -365,29 +506,38 @@ def test_a_damaged_archive_of_the_users_is_named_and_kept(cinic10, archive, tmp_
 
 
 @pytest.mark.parametrize("kind", ["..", "link", "device"])
-def test_a_tar_member_that_would_leave_its_folder_is_refused(kind, tmp_path):
+def test_a_tar_member_that_would_leave_its_folder_is_refused(kind, tmp_path, monkeypatch):
     member = tarfile.TarInfo("../escaped" if kind == ".." else "train/x")
     if kind == "link":
         member.type, member.linkname = tarfile.SYMTYPE, "/etc"
     if kind == "device":
         member.type = tarfile.CHRTYPE
-    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
-        tar.addfile(member)
-    (tmp_path / "inner").mkdir()
+    hostile_archive(tmp_path / "root", [member], monkeypatch)
     with pytest.raises(RuntimeError, match="cannot be unpacked"):
-        data._unpack(tmp_path / "bad.tar.gz", tmp_path / "inner" / "folder")
-    assert list((tmp_path / "inner").iterdir()) == [] and not (tmp_path / "escaped").exists()
+        data.load("cinic10", tmp_path / "root")
+    assert os.listdir(tmp_path / "root") == ["CINIC-10.tar.gz"]
+    assert os.listdir(tmp_path) == ["root"]
 
 
-def test_a_tar_member_with_an_absolute_path_stays_inside(tmp_path):
-    with tarfile.open(tmp_path / "bad.tar.gz", "w:gz") as tar:
-        for name in (*data.SPLITS, str(tmp_path / "escaped")):
-            member = tarfile.TarInfo(name)
-            member.type = tarfile.DIRTYPE
-            tar.addfile(member)
-    data._unpack(tmp_path / "bad.tar.gz", tmp_path / "folder")
+def test_a_tar_member_with_an_absolute_path_stays_inside(tmp_path, monkeypatch):
+    members = [tarfile.TarInfo(name) for name in (*data.SPLITS, str(tmp_path / "escaped"))]
+    for member in members:
+        member.type = tarfile.DIRTYPE
+    hostile_archive(tmp_path / "root", members, monkeypatch)
+    with pytest.raises(OSError, match="no class folders"):
+        data.load("cinic10", tmp_path / "root")
     assert not (tmp_path / "escaped").exists()
-    assert any(path.name == "escaped" for path in (tmp_path / "folder").rglob("*"))
+    assert any(path.name == "escaped" for path in (tmp_path / "root" / "cinic10").rglob("*"))
+
+
+def hostile_archive(root, members, monkeypatch):
+    """An archive whose MD5 is as expected."""
+    root.mkdir()
+    with tarfile.open(root / "CINIC-10.tar.gz", "w:gz") as tar:
+        for member in members:
+            tar.addfile(member)
+    digest = hashlib.md5((root / "CINIC-10.tar.gz").read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "CINIC10_MD5", digest)
 
 
 def test_cifar10_comes_through_torchvision_and_500_of_a_class_are_held_out(server, tmp_path, monkeypatch):
@@ -455,18 +605,19 @@ def test_script_describes_a_data_set(run):
         assert part in process.stdout
 
 
-def test_no_network_is_one_line_with_the_ways_out(run, one_line):
+def test_no_network_is_one_line_with_the_remedies(run, one_line):
     nowhere = "import data; data.CINIC10_URLS = ['http://127.0.0.1:9/x']"
-    one_line(
-        run("train.py", code=nowhere),
-        1,
-        "cannot be fetched",
-        "--data cifar10",
-        "--data PATH",
-        "--data synthetic",
-    )
+    remedies = ("cannot be downloaded", "http://127.0.0.1:9/x", "--data PATH", "--data synthetic")
+    one_line(run("train.py", code=nowhere), 1, "put CINIC-10.tar.gz from", "--data cifar10", *remedies)
     nowhere = "from torchvision import datasets; datasets.CIFAR10.url = 'http://127.0.0.1:9/x'"
-    one_line(run("train.py", "--data", "cifar10", code=nowhere), 1, "cannot be fetched", "--data synthetic")
+    process = run("train.py", "--data", "cifar10", code=nowhere)
+    one_line(process, 1, "put cifar-10-python.tar.gz from", *remedies)
+
+
+def keep_one(folder):
+    shutil.rmtree(folder / "valid")
+    for number in range(1, 6):
+        (folder / "train" / "dog" / f"{number}.png").unlink()
 
 
 @pytest.mark.parametrize(
@@ -474,9 +625,11 @@ def test_no_network_is_one_line_with_the_ways_out(run, one_line):
     [
         ("no train", ["no folder train/", "train/<class>/*"]),
         ("no test", ["no folder test/"]),
-        ("empty class", ["valid/dog is empty"]),
-        ("missing class", ["no folder for class 'dog'"]),
-        ("bad image", ["train/cat/0.png cannot be read as an image"]),
+        ("empty class", ["valid/dog is missing or has no images", ".png"]),
+        ("missing class", ["valid/dog is missing or has no images"]),
+        ("bad image", ["1 of 22 images cannot be read", "fix or remove them", "train/cat/0.png"]),
+        ("two valid", ["has both valid/ and val/", "remove one"]),
+        ("one image", ["class 'dog' has one image in train/", "valid/"]),
     ],
 )
 def test_a_wrong_folder_is_one_line(broken, words, image_folder, run, one_line):
@@ -487,5 +640,40 @@ def test_a_wrong_folder_is_one_line(broken, words, image_folder, run, one_line):
         "empty class": lambda: [file.unlink() for file in (folder / "valid" / "dog").iterdir()],
         "missing class": lambda: os.rename(folder / "valid" / "dog", folder / "dog"),
         "bad image": lambda: (folder / "train" / "cat" / "0.png").write_text("no image"),
+        "two valid": lambda: shutil.copytree(folder / "valid", folder / "val"),
+        "one image": lambda: keep_one(folder),
     }[broken]()
     one_line(run("data.py", "--data", folder), 1, *words)
+
+
+def test_two_processes_decode_a_folder_once(image_folder, tmp_path):
+    folder = image_folder(splits=(("train", 700), ("valid", 2), ("test", 3)))
+    command = [sys.executable, HOUSE / "data.py", "--data", folder]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, cwd=tmp_path, **pipes) for _ in range(2)]
+    shown = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert len(os.listdir(tmp_path / "data" / "cache")) == 1
+
+
+def test_a_bare_machine_is_enough(image_folder, tmp_path):
+    """One core, no /dev/shm, a home that cannot be written, an unknown language."""
+    image_folder(splits=(("train", 1500), ("valid", 2), ("test", 2)))
+    bare = "mount -t tmpfs -o ro none /dev/shm && exec taskset -c 0 "
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", bare + "true"], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("no right to unmount /dev/shm here")
+    command = f"{sys.executable} {HOUSE}/data.py --data images"
+    for cores in ("0", "0,1"):  # with two, processes would decode
+        environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
+        process = subprocess.run(
+            ["unshare", "-m", "sh", "-c", bare.replace("-c 0", f"-c {cores}") + command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert process.returncode == 0 and process.stderr == "", process.stderr
+        shutil.rmtree(tmp_path / "data")

@@ -134,14 +134,6 @@ def test_two_processes_that_take_the_same_run_do_it_once(tiny, tmp_path):
     assert names == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
 
 
-def test_two_processes_decode_a_folder_once(image_folder, tmp_path):
-    folder = image_folder(splits=(("train", 700), ("valid", 2), ("test", 3)))
-    both = [start("data.py", "--data", folder, cwd=tmp_path) for _ in range(2)]
-    shown = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], shown
-    assert len(os.listdir(tmp_path / "data" / "cache")) == 1
-
-
 # Bad luck
 
 
@@ -180,20 +172,6 @@ def damage(path, how):
     else:
         content[len(content) * 2 // 3] ^= 0x10
     path.write_bytes(content)
-
-
-@pytest.mark.parametrize("how", ["cut", "flipped"])
-@pytest.mark.parametrize("file", ["train-images.npy", "test-labels.npy", "meta.json"])
-def test_a_damaged_cache_is_named_and_made_again(file, how, image_folder, tmp_path, capsys):
-    folder = image_folder()
-    dataset = data.load(folder, tmp_path / "root")
-    images = dataset.train.images.clone()
-    damage(dataset.cache / file, how)
-    again = data.load(folder, tmp_path / "root")
-    assert f"{file} is damaged: the images are decoded again" in capsys.readouterr().out
-    assert torch.equal(again.train.images, images)
-    data.load(folder, tmp_path / "root")
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "binary"])
@@ -267,29 +245,6 @@ def test_too_little_memory_on_a_gpu_is_one_line(run, one_line):
     limit = "import torch; torch.cuda.set_per_process_memory_fraction(0.005)"
     process = run("train.py", "--data", "synthetic", "--batch-size", 2000, "--epochs", 1, code=limit)
     one_line(process, 1, "out of memory on cuda with --batch-size 2000: lower it")
-
-
-def test_a_bare_machine_is_enough(image_folder, tmp_path):
-    """One core, no /dev/shm, a home that cannot be written, an unknown language."""
-    image_folder(splits=(("train", 1500), ("valid", 2), ("test", 2)))
-    bare = "mount -t tmpfs -o ro none /dev/shm && exec taskset -c 0 "
-    if subprocess.run(
-        ["unshare", "-m", "sh", "-c", bare + "true"], check=False, capture_output=True
-    ).returncode:
-        pytest.skip("no right to unmount /dev/shm here")
-    command = f"{sys.executable} {HOUSE}/data.py --data images"
-    for cores in ("0", "0,1"):  # with two, processes would decode
-        environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
-        process = subprocess.run(
-            ["unshare", "-m", "sh", "-c", bare.replace("-c 0", f"-c {cores}") + command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0 and process.stderr == "", process.stderr
-        shutil.rmtree(tmp_path / "data")
 
 
 # Bad input
