@@ -10,8 +10,8 @@
 
 Our training is `train.fit` itself, and its rate is the one in its history. The plain recipe is training as it is
 usually written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
-Kornia and torchaug are measured where they are installed (pip install kornia torchaug). Files are written to a
-temporary folder only.
+Kornia and torchaug are measured where they are installed; torchaug asks for an older torchvision, and works without
+(pip install --no-deps torchaug). Files are written to a temporary folder only.
 """
 
 import argparse
@@ -140,10 +140,6 @@ def endless(run):
         yield from data.batches(split, run.dataset, run.device, plan, streams, (run.seed, epoch))
 
 
-def on_device(dataset, device):
-    return dataset._replace(**{name: data.to_device(getattr(dataset, name), device) for name in data.SPLITS})
-
-
 # The plain recipe
 
 
@@ -247,7 +243,8 @@ def benchmark_train(args):
     steps = args.images // batch_size
     dataset = data.synthetic((steps * batch_size, 10, 10))
     loader = plain_loader(image_files(args.folder / "train", *dataset.train), batch_size, args.device)
-    dataset, ours = on_device(dataset, args.device), {"ours": []}
+    dataset = dataset._replace(train=data.to_device(dataset.train, args.device))
+    ours = {"ours": []}
     if args.device.type == "cuda":
         ours["ours --no-graph"] = ["--no-graph"]
         if "compile" in vars(train.parse_arguments([])):
@@ -270,7 +267,8 @@ def benchmark_fewshot(args):
     dataset = data.synthetic((1000, 150, 100))
     folder = image_files(args.folder / "train", *dataset.train)
     options = ("--query", "10", "--episodes", str(episodes))
-    run = our_run(args, on_device(dataset, args.device), fewshot.parse_arguments, *options)
+    dataset = dataset._replace(train=data.to_device(dataset.train, args.device))
+    run = our_run(args, dataset, fewshot.parse_arguments, *options)
 
     def ours():
         _, outcome = quietly(fewshot.train_embedding, run)
@@ -432,7 +430,6 @@ def first_step(args, source):
 
 
 # Command line
-
 
 BENCHMARKS = {  # and --images on a CPU, and elsewhere
     "train": (benchmark_train, 320, 19_200),
