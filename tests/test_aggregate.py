@@ -506,3 +506,39 @@ def test_figures_without_matplotlib_say_how_to_get_it(study, run, one_line, tmp_
     process = run("aggregate.py", study, "--figures", tmp_path, code="sys.modules['matplotlib'] = None")
     one_line(process, 1, "pip install matplotlib")
     assert "### Initial results" in process.stdout
+
+
+# What README and docs show
+
+
+NUMBERS = re.compile(r"\b0\.\d{4}(?: ± 0\.\d{4})?|\b1\.\d{4}(?: ± 0\.\d{4})?")
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """The tables of docs/results, as aggregate.py prints them."""
+    command = [sys.executable, "aggregate.py", "docs/results"]
+    return subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_tables_of_readme_and_docs_are_those_of_the_result_files(measured):
+    slides = json.dumps(list(aggregate.PUBLISHED.values()))
+    published = {f"{mean:.4f} ± {std:.4f}" for mean, std in map(json.loads, re.findall(r"\[0[^]n]*\]", slides))}
+    found = set(NUMBERS.findall(measured)) | published
+    for name in ("README.md", "docs/results.md"):
+        shown = NUMBERS.findall((HOUSE / name).read_text())
+        assert shown, name
+        wrong = [number for number in shown if number not in found and not any(f"{number} ±" in n for n in found)]
+        assert not wrong, f"{name}: in no result file: {wrong}"
+
+
+def test_every_table_of_docs_results_is_printed_as_it_stands_there(measured):
+    lines = (HOUSE / "docs" / "results.md").read_text().splitlines()
+    tables = [line for line in lines if line.startswith("|") and "`" not in line]
+    assert len(tables) > 5 and set(tables) <= set(measured.splitlines())
+
+
+def test_result_files_of_docs_hold_no_path_of_a_machine():
+    for path in (HOUSE / "docs" / "results").rglob("seed*.json"):
+        result = json.loads(path.read_text())
+        assert result["data"]["fingerprint"] and not any(str(v).startswith("/") for v in result["config"].values())
