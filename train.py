@@ -212,7 +212,7 @@ def side_stream(device):
 
 def compiled(network):
     """The network by torch.compile, for batches of the size of the first; others, such as a short last one, run as they are,
-    since each size would be compiled anew. Raises ValueError where there is no compiler."""
+    since every batch size is compiled separately. Raises ValueError where there is no compiler."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
         raise ValueError(
             "--compile needs a C++ compiler, and there is none: install g++ or clang, or leave it out"
@@ -434,10 +434,11 @@ def add_training_arguments(parser):
 
 
 def add_epoch_arguments(parser):
-    """The length of supervised training."""
+    """The length of supervised training. Returns the group."""
     group = parser.add_argument_group("epochs")
     group.add_argument("--epochs", type=runs.number(int, 0), default=10, help="(default: %(default)s)")
     group.add_argument("--batch-size", type=runs.number(int, 0), default=64, help="(default: %(default)s)")
+    return group
 
 
 def check_arguments(args):
@@ -471,9 +472,9 @@ def make_parser():
     )
     add("--tta", default="none", choices=("none", "flip"), help="flip: also test the mean over each image and its mirror image; "
         "a finished run is not trained again for it (default: %(default)s)")  # fmt: skip
-    add_epoch_arguments(parser)
-    parser.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N", help="batches in an epoch, which repeats "
-                        "a small fraction (default: one pass over the images)")  # fmt: skip
+    group = add_epoch_arguments(parser)
+    group.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N",
+        help="batches in an epoch, to repeat a small fraction (default: one pass over the images)")  # fmt: skip
     add_training_arguments(parser)
     runs.add_arguments(parser)
     return parser

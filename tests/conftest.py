@@ -209,3 +209,9 @@ class Reads(TorchDispatchMode):
         if name == "index" and any(t is not None and t.dtype == torch.bool for t in arguments[1]):
             self.reads.append("index by bool")
         return function(*arguments, **(keywords or {}))
+
+
+def pytest_collection_modifyitems(items):
+    """First the tests that start no script: most failures show within a minute."""
+    slow = ("test_trust.py", "test_run_all.py", "test_benchmark.py")
+    items.sort(key=lambda item: "run" in item.fixturenames or item.path.name in slow)

@@ -523,12 +523,16 @@ def measured():
 
 def test_the_tables_of_readme_and_docs_are_those_of_the_result_files(measured):
     slides = json.dumps(list(aggregate.PUBLISHED.values()))
-    published = {f"{mean:.4f} ± {std:.4f}" for mean, std in map(json.loads, re.findall(r"\[0[^]n]*\]", slides))}
+    published = {
+        f"{mean:.4f} ± {std:.4f}" for mean, std in map(json.loads, re.findall(r"\[0[^]n]*\]", slides))
+    }
     found = set(NUMBERS.findall(measured)) | published
     for name in ("README.md", "docs/results.md"):
         shown = NUMBERS.findall((HOUSE / name).read_text())
         assert shown, name
-        wrong = [number for number in shown if number not in found and not any(f"{number} ±" in n for n in found)]
+        wrong = [
+            number for number in shown if number not in found and not any(f"{number} ±" in n for n in found)
+        ]
         assert not wrong, f"{name}: in no result file: {wrong}"
 
 
@@ -541,4 +545,6 @@ def test_every_table_of_docs_results_is_printed_as_it_stands_there(measured):
 def test_result_files_of_docs_hold_no_path_of_a_machine():
     for path in (HOUSE / "docs" / "results").rglob("seed*.json"):
         result = json.loads(path.read_text())
-        assert result["data"]["fingerprint"] and not any(str(v).startswith("/") for v in result["config"].values())
+        assert result["data"]["fingerprint"] and not any(
+            str(v).startswith("/") for v in result["config"].values()
+        )
