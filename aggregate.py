@@ -556,8 +556,9 @@ def command(name, group, found, rows, folder):
     words += ["--out", str(folder)] if str(folder) != "results" else []
     seeds = sorted({seed for seeds in found.values() for seed in seeds})
     words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
-    scratch = any("from scratch" in row for row in rows) and not {"resnet18", "efficientnet_b0"} & set(rows)
-    words += ["--from-scratch"] if scratch else []
+    filled = {row for row, _ in found}
+    scratch = any("from scratch" in row for row in rows) or not filled & {"resnet18", "efficientnet_b0"}
+    words += ["--from-scratch"] if group and scratch and TABLES[name].rows == "network" else []
     settings = [(key, value) for key, value in group if key not in ("data", "fingerprint")]
     words += ["--"] if settings else []
     for key, value in settings:
@@ -635,7 +636,10 @@ def print_tables(blocks, style, with_published, folder):
         print(style["group"].format(describe(group, results_of(members.values()))) + "\n")
         if group and with_published:
             print(
-                style["note"].format("Not CINIC-10 at the recipe: the slides' numbers do not compare.") + "\n"
+                style["note"].format(
+                    "Not CINIC-10 with the study's settings: the published numbers are not comparable."
+                )
+                + "\n"
             )
         for name, found in members.items():
             cells = tabulated(name, group, found, with_published)
@@ -714,7 +718,11 @@ def gains_of(name, cells):
 
 def explanation(name, filled, usual, style):
     """What the numbers and marks of a table mean."""
-    text = f"Mean ± standard deviation over n = {usual} seeds" if usual > 1 else "A single seed (n = 1)"
+    text = (
+        f"Mean ± standard deviation over n = {usual} seeds"
+        if usual > 1
+        else "One seed (n = 1) unless a cell says otherwise"
+    )
     if any(cell.best for cell in filled):
         text += f"; {style['mark']}: best of its {'row' if isinstance(TABLES[name].columns, str | dict) else 'column'}"
     if any(cell.tied for cell in filled):
@@ -990,7 +998,8 @@ def main():
     args = parser.parse_args()
     results = read(args.results)
     if not results:
-        raise SystemExit(f"no results in {args.results}: python train.py, or bash run_all.sh, makes some")
+        what = "no results in" if args.results.is_dir() else "there is no folder"
+        raise SystemExit(f"{what} {args.results}: run train.py or run_all.sh first")
     blocks, unused = arrange(results)
     try:
         print_results(blocks, args)

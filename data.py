@@ -95,10 +95,10 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
         dataset = _load_cinic10(root)
     elif data == "cifar10":
         dataset = _load_cached(root, data, data, "torchvision", lambda: _cifar10(root))
-    elif Path(data).is_dir():
+    elif data and Path(data).is_dir():
         dataset = _load_folder(Path(data), root, key(data), Path(data).resolve().name)
     else:
-        raise ValueError(f"--data {data}: neither one of {', '.join(NAMES)} nor a folder")
+        raise ValueError(f"--data {data}: not a folder, and not one of {', '.join(NAMES)}")
     if classes:
         dataset = _select_classes(dataset, classes)
     if fraction < 1:
@@ -311,7 +311,7 @@ def _load_cached(root, cache_key, name, source, decode):
         if dataset:
             return dataset
         if folder.exists():
-            print(f"{folder} is damaged or of another version: the images are decoded again")
+            print(f"{folder} is damaged or out of date: decoding the images again")
             shutil.rmtree(folder)
         with _new_folder(folder) as temporary:
             _write_cache(temporary, *decode())

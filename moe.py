@@ -6,7 +6,7 @@
 
 The experts are the custom network on hybrid augmentation with dropout 0.2, the best on the slides: one trained on all
 classes (the base), one on vehicles, one on animals; for comparison, two more bases, with other seeds. All are taken
-from --out if `train.py` left them there, else trained first: five networks, at one seed.
+from --out if `train.py` left them there, else trained first: five networks for seed 1, nine for seeds 1 2 3.
 """
 
 import itertools
@@ -189,7 +189,7 @@ def show(dataset, outcome):
 
 
 def load(args, device):
-    """The data set; raises ValueError if it has not the experts' classes."""
+    """The data set; raises ValueError if it lacks the experts' classes."""
     dataset = train.load(args, device)
     for option, spec in zip(("the vehicles expert", "--animals"), specialties(args)[1:], strict=True):
         missing = [name for name in data.class_names(spec) if name not in dataset.classes]
@@ -208,7 +208,7 @@ def make_parser():
     add("--animals", default="cat,dog,deer,horse",
         help="classes of the animals expert, or all six (default: %(default)s, which get confused)")  # fmt: skip
     add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
-        help="with 512 the mixture is as large as three base networks (default: %(default)s)")  # fmt: skip
+        help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
     add("--train-adapters", action="store_true", help="let the layers between experts and gate learn; by default they "
         "stay at their random initialization, as in the authors' code")  # fmt: skip
     train.add_epoch_arguments(parser)

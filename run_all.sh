@@ -2,13 +2,13 @@
 # Every run behind the tables and figures of the slides, and then the tables.
 #
 #   bash run_all.sh                        the slides' study: CINIC-10, seeds 1 2 3
-#   bash run_all.sh --smoke                every table, tiny, on images that the program draws: minutes
+#   bash run_all.sh --smoke                every table, tiny, on generated images: minutes
 #   bash run_all.sh --only initial,moe --data path/to/folder --seeds "1 2 3" --jobs 2
-#   bash run_all.sh --list                 print the commands, one a line, and run nothing
+#   bash run_all.sh --list                 print the commands, one per line, and run nothing
 #   bash run_all.sh -- --epochs 2 --fraction 0.1      settings for every run that does not set them itself
 #
 #   --only A,B       tables by their exact names, as in the first column below; `all` is every table. Without it, the
-#                    slides' tables: what stands only in beyond, beyond-fewshot or beyond-moe runs by name
+#                    slides' tables: runs that are only in beyond... have to be named
 #   --arch A,B       networks: resnet18, densenet121, efficientnet_b0, custom
 #   --from-scratch   no ImageNet weights for resnet18 and efficientnet_b0
 #   --data, --root   as for train.py (default: cinic10, data)
@@ -143,11 +143,11 @@ check() { # option, names given, names to choose from
 }
 tables=$(awk 'NF > 1 && $2 != "=" { print $1 }' <<<"$study" | tr , '\n' | sort -u | tr '\n' ' ')
 [ "$only" = slides ] || check --only "$only" "all ${tables% }"
-networks=$(sed 's/ --pretrained//g; s/,//g' <<<"$all")
-archs=${archs:-${networks// /,}}
-check --arch "$archs" "$networks"
-[[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": numbers with spaces between them"
-[[ "${jobs:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: a number from 1 on"
+networks=$({ echo "$all"; awk 'NF > 1 && $2 != "=" && $2 !~ /^(all|moe|fewshot|augment)$/ { print $2 }' <<<"$study"; } |
+  sed 's/ --pretrained//g; s/ //g' | tr , '\n' | sort -u | tr '\n' ' ')
+[ ! "$archs" ] || check --arch "$archs" "${networks% }"
+[[ "$seeds" =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "--seeds \"$seeds\": must be numbers separated by spaces"
+[[ "${jobs:-1}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs $jobs: must be at least 1"
 
 # Commands
 
@@ -209,12 +209,12 @@ while read -r tables what settings; do
     all) what=$all ;;
   esac
   while read -r arch start; do
-    [[ ",$archs," == *",$arch,"* ]] || continue
+    [[ ! "$archs" || ",$archs," == *",$arch,"* ]] || continue
     [ ! "$scratch" ] || start=''
     add train "--arch $arch ${start:+$start }$settings"
   done <<<"${what//,/$'\n'}"
 done <<<"$study"
-[ ${#commands[@]} -gt 0 ] || fail "nothing to run: no line of the study is in --only $only and --arch $archs"
+[ ${#commands[@]} -gt 0 ] || fail "nothing to run: no line of the study is in --only $only and --arch ${archs:-all}"
 
 if [ "$list" ]; then
   printf '%s\n' "${commands[@]}"

@@ -33,7 +33,7 @@ except ImportError:  # Windows: runs without locks
     fcntl = None
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEPT = "finished work is kept, and the same command resumes from there"
+KEPT = "finished work is kept; run the same command to continue"
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
 OUT_OF_MEMORY = (
     "out of memory",
@@ -42,7 +42,7 @@ OUT_OF_MEMORY = (
     "ALLOC_FAILED",
 )  # in torch's messages
 
-# Arguments that do not change what a run computes: they are in no run name, and a checkpoint may differ in them
+# Arguments in which a checkpoint may differ (its device type and dtype are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
 
 # How a setting that differs from its default shows in a run's name, in this order: a tag, then the value
@@ -76,9 +76,13 @@ def command_line(main):
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal_name = signal.Signals(stop.args[0]).name
-        advice = "the same command resumes from the last checkpoint"
+        advice = "the same command resumes from the last checkpoint, if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
+    except BrokenPipeError:  # the reader, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"{name}: error: standard output was closed: {KEPT}", file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("TRACEBACK"):
             raise
@@ -133,7 +137,7 @@ def add_arguments(parser):
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
     add("--out", default="results", help="folder for results (default: %(default)s)")
     add("--checkpoint-every", type=number(float, 0, inclusive=True), default=20.0, metavar="S",
-        help="least seconds between checkpoints, which are saved after an epoch (default: %(default)g)")  # fmt: skip
+        help="minimum seconds between checkpoints, which are saved at the end of an epoch (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="run again even if the result is there")
 
 
@@ -238,7 +242,7 @@ def use_device(name):
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if not there.get(kind) or (index and not (index.isdigit() and int(index) < count)):
-        raise ValueError(f"--device {name}: there is no such device here; use auto or cpu")
+        raise ValueError(f"--device {name}: not available on this machine; use auto or cpu")
     if kind == "cuda" and world_size() > 1:
         if index:
             raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
@@ -430,9 +434,16 @@ def finished(args, path, dataset):
     """The result at `path`, if it is there, is of these images, and --force is not given; else None."""
     result = None if args.force else read_result(path)
     if result and result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
-        print(f"{path} is a result of other images, since {dataset.name} has changed: running again")
         return None
     return result
+
+
+def name_other_images(folder, dataset):
+    """Name the results in a run's folder that were made from other images: they do not belong beside new ones."""
+    for path in sorted(folder.glob("seed*.json")):
+        result = read_result(path)
+        if result and result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+            print(f"{path} is a result of other images ({dataset.name} has changed): run this seed again too")
 
 
 def environment(run):
@@ -501,10 +512,9 @@ def run_seeds(args, name, load, train):
             print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
         else:
             with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
-                result = on_rank0(
-                    finished, args, path, dataset
-                )  # another process may have finished it meanwhile
+                result = on_rank0(finished, args, path, dataset)  # by another process, meanwhile
                 if not result:
+                    on_rank0(name_other_images, path.parent, dataset)
                     run = Run(args, seed, dataset, device, path)
                     print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
                     result = run_seed(run, train)

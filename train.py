@@ -6,8 +6,8 @@
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
     torchrun --standalone --nproc_per_node=2 train.py --arch resnet18    # one network on two GPUs
 
-Defaults reproduce the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. A run whose
-result is there is skipped; an interrupted run resumes. A new optimizer is a line in OPTIMIZERS, a new network an entry
+Defaults reproduce the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. A run that
+already has a result is skipped; an interrupted run resumes. A new optimizer is a line in OPTIMIZERS, a new network an entry
 of models.ARCHITECTURES, a new augmentation one of augment.AUGMENTATIONS, a new row of a table a line of run_all.sh.
 """
 
@@ -421,14 +421,14 @@ def add_training_arguments(parser):
         "--momentum",
         type=number(float, 0, 1, True),
         default=0.0,
-        help="of sgd (Nesterov's) and rmsprop (default: 0)",
+        help="for sgd (Nesterov) and rmsprop (default: 0)",
     )
     add("--weight-decay", type=number(float, 0, inclusive=True), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down to zero, and no "
         "weight decay for norms and biases")  # fmt: skip
-    add("--compile", action="store_true", help="compile the network (torch.compile): minutes first, then faster steps; it pays "
-        "for long runs of networks with many layers")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network (torch.compile): minutes before the first "
+        "step; measure whether it pays on your machine")  # fmt: skip
     add("--label-smoothing", type=number(float, 0, 1, True), default=0.0, metavar="E",
         help="label smoothing factor (default: 0)")  # fmt: skip
 
@@ -463,7 +463,7 @@ def make_parser():
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--stem", default="imagenet", choices=("imagenet", "small"), help="of torchvision's networks; small: a 3x3 convolution "
         "of stride 1 and no max-pool, for 32x32 images (default: %(default)s)")  # fmt: skip
-    add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="k of the custom network: k after each block, "
+    add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="custom network only: rate k after each block, "
         "min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     add(
         "--aug",
@@ -474,7 +474,7 @@ def make_parser():
         "a finished run is not trained again for it (default: %(default)s)")  # fmt: skip
     group = add_epoch_arguments(parser)
     group.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N",
-        help="batches in an epoch, to repeat a small fraction (default: one pass over the images)")  # fmt: skip
+        help="batches per epoch; a small training set is repeated to fill them (default: one pass)")  # fmt: skip
     add_training_arguments(parser)
     runs.add_arguments(parser)
     return parser

@@ -313,7 +313,7 @@ def test_a_missing_cell_is_a_dash_with_the_command_that_fills_it(tmp_path, run):
     text = run("aggregate.py", tmp_path).stdout
     row = next(line for line in text.splitlines() if line.startswith("| custom"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["-", "0.4995 ± 0.0007"] + ["-"] * 5
-    assert "over n = 2 seeds" in text and "slides' numbers do not compare" in text
+    assert "over n = 2 seeds" in text and "published numbers are not comparable" in text
     command = next(line for line in text.splitlines() if line.startswith("Missing"))[len("Missing: `") : -1]
     assert (
         command
@@ -392,7 +392,9 @@ def test_a_file_that_is_no_result_is_named_and_left_out(tmp_path, run):
 
 
 def test_no_results_is_one_line(tmp_path, run, one_line):
-    one_line(run("aggregate.py", tmp_path / "nothing"), 1, "no results", "run_all.sh")
+    one_line(run("aggregate.py", tmp_path / "nothing"), 1, "no folder", "run_all.sh")
+    (tmp_path / "empty").mkdir()
+    one_line(run("aggregate.py", tmp_path / "empty"), 1, "no results in", "run_all.sh")
 
 
 def test_csv_json_and_latex_hold_the_same_numbers(study, run):

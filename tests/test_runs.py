@@ -47,7 +47,7 @@ def test_the_gpu_asked_for_becomes_the_current_one(name, index, two_gpus):
 
 def test_a_gpu_that_is_not_there_is_refused(two_gpus):
     for name in ("cuda:2", "cuda:x", "gpu"):
-        with pytest.raises(ValueError, match=f"--device {name}: there is no such device"):
+        with pytest.raises(ValueError, match=f"--device {name}: not available on this machine"):
             runs.use_device(name)
 
 
@@ -126,6 +126,9 @@ def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
     before = json.loads(path.read_text())["data"]["fingerprint"]
     for file in list((folder / "train").rglob("1*.png")):
         file.unlink()
+    assert (
+        "seed1.json is a result of other images" in run(*command, "--seed", 3).stdout
+    )  # beside a new one too
     process = run(*command, "--seed", 1, 2)
     assert "seed1.json is a result of other images" in process.stdout and "skipped" not in process.stdout
     found = {json.loads(p.read_text())["data"]["fingerprint"] for p in tmp_path.rglob("seed*.json")}
