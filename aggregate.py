@@ -556,9 +556,10 @@ def command(name, group, found, rows, folder):
     words += ["--out", str(folder)] if str(folder) != "results" else []
     seeds = sorted({seed for seeds in found.values() for seed in seeds})
     words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
-    filled = {row for row, _ in found}
-    scratch = any("from scratch" in row for row in rows) or not filled & {"resnet18", "efficientnet_b0"}
-    words += ["--from-scratch"] if group and scratch and TABLES[name].rows == "network" else []
+    started = {"resnet18", "efficientnet_b0"} & {row for row, _ in found}  # from ImageNet weights
+    words += (
+        ["--from-scratch"] if "data" in dict(group) and not started and TABLES[name].rows == "network" else []
+    )
     settings = [(key, value) for key, value in group if key not in ("data", "fingerprint")]
     words += ["--"] if settings else []
     for key, value in settings:

@@ -317,7 +317,7 @@ def test_a_missing_cell_is_a_dash_with_the_command_that_fills_it(tmp_path, run):
     command = next(line for line in text.splitlines() if line.startswith("Missing"))[len("Missing: `") : -1]
     assert (
         command
-        == f"bash run_all.sh --only augmentation --data sets/mine --out {tmp_path} --seeds '1 2' -- --epochs 2"
+        == f"bash run_all.sh --only augmentation --data sets/mine --out {tmp_path} --seeds '1 2' --from-scratch -- --epochs 2"
     )
     words = shlex.split(command)
     for line in listed(*words[2:]):

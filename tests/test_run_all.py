@@ -187,6 +187,8 @@ def test_interrupted_it_leaves_no_child_process_and_says_how_to_resume(number, s
     process = subprocess.Popen(
         ["bash", str(HOUSE / "run_all.sh"), "--only", "initial", "--data", "synthetic", "--jobs", "2"],
         cwd=tmp_path, env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # a shell cannot trap a signal that it finds ignored, as background jobs do
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     pids = []
     while len(pids) < 2:
