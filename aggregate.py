@@ -26,6 +26,7 @@ import tabulate
 
 import fewshot
 import moe
+import runs
 import train
 
 SCRIPTS = {"train": train, "moe": moe, "fewshot": fewshot}
@@ -43,7 +44,7 @@ class Line(NamedTuple):
 
 
 # In a configuration, and no part of what was trained
-NO_SETTING = ("seed", "out", "root", "force", "device", "graph", "checkpoint_every", "tta")
+NO_SETTING = set(runs.NEUTRAL) - {"amp"}
 # What tables compare: a result that differs from a line of the study in one of these is another run. One that differs in
 # another setting (data, epochs, fraction) stands in a table of its own
 STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule", "label_smoothing",

@@ -99,8 +99,9 @@ def episodes(run, count, generator, stream):
     for augmentation in stream:
         query = augmentation(query, generator)
     labels = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
+    support, query = (data.normalise(images, run.dataset) for images in (support, query))
     for parts in zip(support.chunk(count), query.chunk(count), strict=True):
-        yield data.normalise(torch.cat(parts), run.dataset), labels
+        yield torch.cat(parts), labels
 
 
 # Test: sub-prototypes

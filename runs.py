@@ -433,16 +433,19 @@ def read_result(path):
 def finished(args, path, dataset):
     """The result at `path`, if it is there, is of these images, and --force is not given; else None."""
     result = None if args.force else read_result(path)
-    if result and result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
-        return None
-    return result
+    return None if result and is_of_other_images(result, dataset) else result
+
+
+def is_of_other_images(result, dataset):
+    """Whether a result says that its images were others; an older one says nothing."""
+    return result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint
 
 
 def name_other_images(folder, dataset):
     """Name the results in a run's folder that were made from other images: they do not belong beside new ones."""
     for path in sorted(folder.glob("seed*.json")):
         result = read_result(path)
-        if result and result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        if result and is_of_other_images(result, dataset):
             print(f"{path} is a result of other images ({dataset.name} has changed): run this seed again too")
 
 
