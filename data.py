@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import mmap
-import multiprocessing
 import os
 import re
 import shutil
@@ -27,7 +26,6 @@ import tarfile
 import tempfile
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +46,6 @@ GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-MAX_PIXELS = 100_000_000  # a larger image is taken for a decompression bomb
 CACHE_VERSION = 4  # raise it when decoding or the layout of a cache changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its links before: tried in turn.
@@ -165,8 +162,8 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
     if steps is not None:
         order = order[: steps * batch_size]
     bounds = [*range(0, len(order), batch_size), len(order)]
-    if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] == 1:
-        # Batch norm cannot train on a single 1x1 map: a last batch of one image joins the one before
+    if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] < 2 * runs.world_size():
+        # Batch norm cannot train on a single 1x1 map: a last batch without two images a process joins the one before
         del bounds[-2]
     return order, bounds
 
@@ -434,9 +431,9 @@ def _list_images(folder):
     ignored, found = collections.Counter(), {}
     for split, place in places.items():
         if place.is_dir():
-            files, folders = _scan(place)
+            _, names, files = next(_walk(place))
             ignored.update(map(_kind, files))
-            found[split] = {entry.name: _list_files(entry.path, ignored) for entry in folders}
+            found[split] = {name: _list_files(place / name, ignored) for name in names}
     if ignored:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
         print(f"{ignored.total():,} files ignored: {kinds}")
@@ -452,27 +449,36 @@ def _list_images(folder):
 
 def _list_files(folder, ignored):
     """[(path, bytes, time of change), ...] of the images in a folder and below, in ImageFolder's order."""
-    files, folders = _scan(folder)
-    images = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES) and file.is_file()]
-    ignored.update(map(_kind, set(files).difference(images)))
-    stats = [(image.path, image.stat()) for image in images]
-    found = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    for below in folders:
-        found += _list_files(below.path, ignored)
+    found = []
+    for _, _, files in _walk(folder):
+        for file in files:
+            if file.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(file):
+                stat = os.stat(file)
+                found.append((file, stat.st_size, stat.st_mtime_ns))
+            else:
+                ignored[_kind(file)] += 1
     return found
 
 
-def _scan(folder):
-    """Files and folders in a folder, sorted by name, as os.DirEntry; hidden ones are left out."""
-    with os.scandir(folder) as entries:
-        entries = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
-    return [e for e in entries if not e.is_dir()], [e for e in entries if e.is_dir()]
+def _walk(folder):
+    """os.walk, sorted, without hidden files and folders; the files as whole paths."""
+
+    def fail(error):
+        raise error
+
+    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield (
+            place,
+            folders,
+            [os.path.join(place, name) for name in sorted(files) if not name.startswith(".")],
+        )
 
 
 def _kind(file):
-    if not file.is_file():
+    if not os.path.isfile(file):
         return "broken link or special file"
-    return os.path.splitext(file.name)[1].lower() or "without suffix"
+    return os.path.splitext(file)[1].lower() or "without suffix"
 
 
 def _decode_folder(classes, files):
@@ -493,24 +499,16 @@ def _decode_folder(classes, files):
 def _decode(paths, block=500):
     """Decode files on all cores: yield (images, unreadable), as _write_cache takes them, of `block` at a time."""
     blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = None
-    if cores > 1 and len(blocks) >= 4:  # for fewer, starting processes would take longer
-        fork = "fork" in multiprocessing.get_all_start_methods()  # saves a second import of torch
-        context = multiprocessing.get_context("fork" if fork else None)
-        with contextlib.suppress(OSError):  # no /dev/shm, no semaphores: decode in this process
-            pool = ProcessPoolExecutor(min(cores, len(blocks)), context, _leave_signals_to_the_parent)
-    if pool is None:
-        yield from map(_decode_block, blocks)
-        return
-    with pool:
-        try:
-            yield from pool.map(_decode_block, blocks)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    # Forked processes need semaphores, which Linux has in /dev/shm, if a container does
+    cores = len(os.sched_getaffinity(0)) if os.access("/dev/shm", os.W_OK) else 1
+    workers = cores if cores > 1 and len(blocks) >= 4 else 0  # starting them takes longer than a few blocks
+    yield from torch.utils.data.DataLoader(
+        blocks, batch_size=None, collate_fn=_decode_block, num_workers=workers,
+        multiprocessing_context="fork" if workers else None, worker_init_fn=_leave_signals_to_the_parent,
+    )  # fmt: skip
 
 
-def _leave_signals_to_the_parent():
+def _leave_signals_to_the_parent(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -530,8 +528,6 @@ def read_image(path):
     bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError that names the file."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             image = image.convert("RGB")

@@ -35,12 +35,7 @@ except ImportError:  # Windows: runs without locks
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "finished work is kept; run the same command to continue"
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-OUT_OF_MEMORY = (
-    "out of memory",
-    "allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-)  # in torch's messages
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # torch's words
 
 # Arguments in which a checkpoint may differ (its device type and dtype are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
@@ -181,12 +176,17 @@ class Progress:
 
 
 def write_atomically(path, content):
-    """Write bytes to a file that is either complete or absent, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    """Write a dictionary, as JSON to a .json file and else by torch.save, so that the file is complete or absent,
+    whatever happens meanwhile."""
+    temporary, buffer = path.with_name(f".{path.name}-{os.getpid()}"), io.BytesIO()
+    if path.suffix == ".json":
+        buffer.write(json.dumps(content, indent=1).encode())
+    else:
+        torch.save(content, buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            file.write(buffer.getvalue())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -195,12 +195,6 @@ def write_atomically(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def torch_bytes(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
 
 
 @contextlib.contextmanager
@@ -326,29 +320,12 @@ def distribute(model):
 
 def share(batches):
     """Yield (inputs, labels, weight): this process's part of each batch. A mean loss times its weight, averaged over
-    processes, is the mean over the whole batch. A last batch too small to share joins the one before."""
+    processes, is the mean over the whole batch."""
     world = world_size()
-    if world == 1:
-        for inputs, labels in batches:
-            yield inputs, labels, 1.0
-        return
-    for inputs, labels in _join_last(batches, 2 * world):
+    for inputs, labels in batches:
         parts = [tensor.tensor_split(world)[rank()] for tensor in (inputs, labels)]
         if len(parts[1]):
             yield *parts, len(parts[1]) * world / len(labels)
-
-
-def _join_last(batches, least):
-    """Batches of which a last one with fewer than `least` images is joined to the one before."""
-    batches = iter(batches)
-    held = next(batches)
-    for batch in batches:
-        if len(batch[1]) < least:
-            batch = [torch.cat(pair) for pair in zip(held, batch, strict=True)]
-        else:
-            yield held
-        held = batch
-    yield held
 
 
 def broadcast_buffers(model):
@@ -390,9 +367,7 @@ class Run:
         if rank() or time.monotonic() - self.saved < self.args.checkpoint_every:
             return
         states = {name: thing.state_dict() for name, thing in stateful.items()}
-        write_atomically(
-            self.checkpoint, torch_bytes({"settings": self.settings, "history": history, "states": states})
-        )
+        write_atomically(self.checkpoint, {"settings": self.settings, "history": history, "states": states})
         self.saved = time.monotonic()
 
     def restore(self, stateful):
@@ -416,37 +391,21 @@ class Run:
         return history
 
 
-def read_result(path):
-    """A finished run's result, or None; a file that cannot be one is named and counts as absent."""
+def finished(path, dataset):
+    """The result at `path`, or None; one that is damaged or of other images is named and counts as absent."""
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_bytes())
-        if result["version"] == 1 and result["test"] and result["history"] and result["data"] is not None:
-            return result
+        if result["version"] == 1 and result["test"] and result["history"]:
+            if result["data"]["fingerprint"] == dataset.fingerprint:
+                return result
+            print(f"{path} is a result of other images ({dataset.name} has changed): running again")
+            return None
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
     print(f"{path} is not a result file, or damaged: running again")
     return None
-
-
-def finished(args, path, dataset):
-    """The result at `path`, if it is there, is of these images, and --force is not given; else None."""
-    result = None if args.force else read_result(path)
-    return None if result and is_of_other_images(result, dataset) else result
-
-
-def is_of_other_images(result, dataset):
-    """Whether a result says that its images were others; an older one says nothing."""
-    return result["data"].get("fingerprint", dataset.fingerprint) != dataset.fingerprint
-
-
-def name_other_images(folder, dataset):
-    """Name the results in a run's folder that were made from other images: they do not belong beside new ones."""
-    for path in sorted(folder.glob("seed*.json")):
-        result = read_result(path)
-        if result and is_of_other_images(result, dataset):
-            print(f"{path} is a result of other images ({dataset.name} has changed): run this seed again too")
 
 
 def environment(run):
@@ -510,14 +469,13 @@ def run_seeds(args, name, load, train):
     dataset, results = load(args, device), {}
     for seed in args.seed:
         path = Path(args.out) / name / f"seed{seed}.json"
-        result = on_rank0(finished, args, path, dataset)
+        result = None if args.force else on_rank0(finished, path, dataset)
         if result:
             print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
         else:
             with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
-                result = on_rank0(finished, args, path, dataset)  # by another process, meanwhile
+                result = None if args.force else on_rank0(finished, path, dataset)  # by another process
                 if not result:
-                    on_rank0(name_other_images, path.parent, dataset)
                     run = Run(args, seed, dataset, device, path)
                     print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
                     result = run_seed(run, train)
@@ -554,11 +512,7 @@ def run_seed(run, train):
         "peak_memory_bytes": peak_memory_bytes(run.device),
     }
     if rank() == 0:
-        write_atomically(run.path.with_suffix(".pt"), torch_bytes({**shared, **weights}))
-        write_result(run.path, result)
+        write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})
+        write_atomically(run.path, result)
         run.checkpoint.unlink(missing_ok=True)
     return result
-
-
-def write_result(path, result):
-    write_atomically(path, json.dumps(result, indent=1).encode())

@@ -193,13 +193,12 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: another thread may allocate pinned memory meanwhile
-            with torch.cuda.graph(
-                graph, stream=side_stream(self.inputs.device), capture_error_mode="thread_local"
-            ):
+            side = side_stream(self.inputs.device)
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self.step(self.inputs, self.labels, weight)  # recorded, not executed
         except RuntimeError as error:
             raise RuntimeError(
-                f"a step cannot be captured ({error}): disable CUDA graphs by --no-graph"
+                f"a step cannot be captured ({error}): --no-graph disables CUDA graphs"
             ) from error
         self.graph = graph
 
@@ -214,9 +213,7 @@ def compiled(network):
     """The network by torch.compile, for batches of the size of the first; others, such as a short last one, run as they are,
     since every batch size is compiled separately. Raises ValueError where there is no compiler."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
-        raise ValueError(
-            "--compile needs a C++ compiler, and there is none: install g++ or clang, or leave it out"
-        )
+        raise ValueError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
     fast, sizes = torch.compile(network, dynamic=False), []
 
     def forward(inputs):
@@ -362,18 +359,17 @@ def describe(model, run):
 def test_mirrored(args, name, results):
     """Add `test_tta` to the results that lack it: the test of the saved weights, averaged over each image and its mirror
     image."""
-    device, dataset = runs.use_device(args.device), None
+    device = runs.use_device(args.device)
     for seed, result in results.items():
         if "test_tta" not in result:
-            dataset = dataset or load(args, device, quiet=True)
+            dataset = data.load(args.data, args.root, args.fraction, args.classes)
             run = runs.Run(args, seed, dataset, device, Path(args.out) / name / f"seed{seed}.json")
-            model = Mirrored(models.load(run.path.with_suffix(".pt"))).to(
-                device, memory_format=torch.channels_last
-            )
+            model = Mirrored(models.load(run.path.with_suffix(".pt")))
+            model = model.to(device, memory_format=torch.channels_last)
             batches = evaluation_batches(run, dataset.test)
             result["test_tta"] = evaluate(run, model, batches, len(dataset.classes)).metrics()
             if runs.rank() == 0:
-                runs.write_result(run.path, result)
+                runs.write_atomically(run.path, result)
         print(f"{name} seed {seed}, with mirror images: test accuracy {result['test_tta']['accuracy']:.4f}")
 
 
@@ -388,11 +384,10 @@ class Mirrored(torch.nn.Module):
         return (self.model(images) + self.model(images.flip(3))) / 2
 
 
-def load(args, device, quiet=False):
+def load(args, device):
     """The data set of the arguments, on the device where it fits."""
     dataset = data.load(args.data, args.root, args.fraction, args.classes)
-    if not quiet:
-        print(data.describe(dataset))
+    print(data.describe(dataset))
     return dataset._replace(**{name: data.to_device(getattr(dataset, name), device) for name in data.SPLITS})
 
 
@@ -413,24 +408,17 @@ def print_results(name, results):
 def add_training_arguments(parser):
     """Optimizer and loss, as on the slides; every script has them."""
     group = parser.add_argument_group("optimizer")
-    number = runs.number
-    add = group.add_argument
-    add("--lr", type=number(float, 0), default=0.001, help="learning rate (default: %(default)s)")
+    add, positive, share = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, True)
+    add("--lr", type=positive, default=0.001, help="learning rate (default: %(default)s)")
     add("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
-    add(
-        "--momentum",
-        type=number(float, 0, 1, True),
-        default=0.0,
-        help="for sgd (Nesterov) and rmsprop (default: 0)",
-    )
-    add("--weight-decay", type=number(float, 0, inclusive=True), default=0.0, help="(default: 0)")
+    add("--momentum", type=share, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
+    add("--weight-decay", type=runs.number(float, 0, inclusive=True), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down to zero, and no "
         "weight decay for norms and biases")  # fmt: skip
     add("--compile", action="store_true", help="compile the network (torch.compile): minutes before the first "
         "step; measure whether it pays on your machine")  # fmt: skip
-    add("--label-smoothing", type=number(float, 0, 1, True), default=0.0, metavar="E",
-        help="label smoothing factor (default: 0)")  # fmt: skip
+    add("--label-smoothing", type=share, default=0.0, help="label smoothing factor (default: 0)")
 
 
 def add_epoch_arguments(parser):
@@ -452,24 +440,18 @@ def check_arguments(args):
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    group = parser.add_argument_group("network")
-    add = group.add_argument
-    add(
-        "--arch",
-        default="custom",
-        choices=(*models.ARCHITECTURES, "efficientnet"),
-        help="(default: %(default)s)",
+    add, architectures = (
+        parser.add_argument_group("network").add_argument,
+        [*models.ARCHITECTURES, "efficientnet"],
     )
+    add("--arch", default="custom", choices=architectures, help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--stem", default="imagenet", choices=("imagenet", "small"), help="of torchvision's networks; small: a 3x3 convolution "
         "of stride 1 and no max-pool, for 32x32 images (default: %(default)s)")  # fmt: skip
     add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="custom network only: rate k after each block, "
         "min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
-    add(
-        "--aug",
-        default="none",
-        help=f"{', '.join(augment.NAMES)}, or several joined by + (default: %(default)s)",
-    )
+    names = ", ".join(augment.NAMES)
+    add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")
     add("--tta", default="none", choices=("none", "flip"), help="flip: also test the mean over each image and its mirror image; "
         "a finished run is not trained again for it (default: %(default)s)")  # fmt: skip
     group = add_epoch_arguments(parser)

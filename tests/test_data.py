@@ -388,6 +388,11 @@ def test_a_last_batch_of_one_joins_the_one_before_when_shuffled():
     assert sizes == [16, 17]
 
 
+def test_a_last_batch_without_two_images_a_process_joins_the_one_before(monkeypatch):
+    monkeypatch.setattr(data.runs, "world_size", lambda: 2)
+    assert data.plan(35, 16, seed=1)[1] == [0, 16, 35] and data.plan(36, 16, seed=1)[1] == [0, 16, 32, 36]
+
+
 # Downloads, from a real server on this machine
 
 

@@ -126,17 +126,10 @@ def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
     before = json.loads(path.read_text())["data"]["fingerprint"]
     for file in list((folder / "train").rglob("1*.png")):
         file.unlink()
-    assert (
-        "seed1.json is a result of other images" in run(*command, "--seed", 3).stdout
-    )  # beside a new one too
     process = run(*command, "--seed", 1, 2)
     assert "seed1.json is a result of other images" in process.stdout and "skipped" not in process.stdout
     found = {json.loads(p.read_text())["data"]["fingerprint"] for p in tmp_path.rglob("seed*.json")}
     assert len(found) == 1 and before not in found
-    result = json.loads(path.read_text())
-    del result["data"]["fingerprint"]  # as older results are
-    path.write_text(json.dumps(result))
-    assert run(*command).stdout.count("skipped") == 1
 
 
 @pytest.mark.parametrize(
@@ -191,15 +184,15 @@ def test_a_failed_capture_names_the_cause_and_the_way_out(monkeypatch):
 
 def test_a_signal_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "seed1.json"
-    runs.write_atomically(path, b"old")
+    runs.write_atomically(path, {"test": "old"})
 
     def interrupt(handle):
         raise runs.Stopped(signal.SIGTERM)
 
     monkeypatch.setattr(runs.os, "fsync", interrupt)
     with pytest.raises(runs.Stopped):
-        runs.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["seed1.json"]
+        runs.write_atomically(path, {"test": "new"})
+    assert json.loads(path.read_text()) == {"test": "old"} and os.listdir(tmp_path) == ["seed1.json"]
 
 
 def test_run_names_show_settings_in_one_order():

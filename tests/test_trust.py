@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies
@@ -178,12 +179,13 @@ def damage(path, how):
 def test_a_damaged_result_is_named_by_every_script(how, tiny, run, tmp_path, capsys):
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
-    assert runs.read_result(path) and len(aggregate.read(tmp_path)) == 1
+    dataset = SimpleNamespace(fingerprint=json.loads(path.read_text())["data"]["fingerprint"])
+    assert runs.finished(path, dataset) and len(aggregate.read(tmp_path)) == 1
     if how == "cut":
         damage(path, how)
     else:
         path.write_bytes(b"" if how == "empty" else bytes(range(256)))
-    assert runs.read_result(path) is None and aggregate.read(tmp_path) == []
+    assert runs.finished(path, dataset) is None and aggregate.read(tmp_path) == []
     shown = capsys.readouterr()
     assert f"{path} is not a result file" in shown.out and f"left out: {path}" in shown.err
 
@@ -215,9 +217,10 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     dataset, args = data.synthetic((10, 10, 10)), train.parse_arguments([])
     interrupted = runs.Run(args, 1, dataset, torch.device("cpu"), tmp_path / "x.json")
-    for content in (runs.torch_bytes({"settings": {}, "states": Harmful()}), pickle.dumps(Harmful())):
-        interrupted.checkpoint.write_bytes(content)
-        assert interrupted.restore({}) == []
+    runs.write_atomically(interrupted.checkpoint, {"settings": {}, "states": Harmful()})
+    assert interrupted.restore({}) == []
+    interrupted.checkpoint.write_bytes(pickle.dumps(Harmful()))
+    assert interrupted.restore({}) == []
     assert capsys.readouterr().out.count("x.ckpt is damaged") == 2
     weights = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     weights.parent.mkdir(parents=True)
