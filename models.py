@@ -55,6 +55,23 @@ class CustomCNN(nn.Module):
         return self.classifier(self.features(images))
 
 
+class Convolution(nn.Conv2d):
+    """nn.Conv2d, on a CPU as a matrix product where each pixel meets one weight: by a 1x1 kernel, or on a 1x1 map.
+
+    The same up to rounding; PyTorch's own backward takes several times as long there, which is over a quarter of a
+    training step of densenet121, efficientnet_b0 and resnet18.
+    """
+
+    def forward(self, images):
+        size, stride = self.kernel_size[0], self.stride[0]
+        single = (size == 1 or images.shape[2:] == (1, 1)) and self.padding[0] == size // 2
+        if not single or self.groups > 1 or images.device.type != "cpu":
+            return super().forward(images)
+        weight = self.weight.flatten(1) if size == 1 else self.weight[:, :, size // 2, size // 2]
+        pixels = images[:, :, ::stride, ::stride].permute(0, 2, 3, 1)
+        return F.linear(pixels, weight, self.bias).permute(0, 3, 1, 2)
+
+
 class Architecture(NamedTuple):
     """A network of `build`."""
 
@@ -106,6 +123,9 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
     if not isinstance(constructor, str):
         return constructor(num_classes, dropout)
     model = _from_torchvision(constructor, pretrained)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__class__ = Convolution
     linear = next(layer for layer in model.get_submodule(head).modules() if isinstance(layer, nn.Linear))
     model.set_submodule(
         head,

@@ -92,6 +92,29 @@ def test_heads_stand_on_torchvisions_own_trunk(arch):
     assert model.eval()(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+@pytest.mark.parametrize("arch", list(models.ARCHITECTURES)[1:])
+def test_matrix_products_give_what_convolutions_give(arch, stem):
+    torch.manual_seed(1)
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    model = models.build(arch, stem=stem).double().to(memory_format=torch.channels_last)
+    for layer in model.modules():
+        if hasattr(layer, "p"):
+            layer.p = 0.0  # stochastic depth draws
+    found = []
+    for kind in (models.Convolution, torch.nn.Conv2d):
+        changed = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
+        for layer in changed:
+            layer.__class__ = kind
+        model.zero_grad()
+        logits = model(images)
+        logits.square().sum().backward()
+        found.append([logits, *(p.grad for p in model.parameters())])
+    assert len(changed) > 15
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("arch", list(models.ARCHITECTURES)[1:])
 def test_pretrained_weights_come_from_torchvisions_cache(arch, tmp_path, monkeypatch):
     """A file of the name that torchvision fetches, put where it looks for it, ends up in the trunk."""
