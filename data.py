@@ -221,12 +221,19 @@ def class_names(spec):
     return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
 
 
-def _select_classes(dataset, spec):
+def check_classes(dataset, option, spec):
+    """The class names of a --classes value; raises ValueError for one that is not in the data set."""
     names = class_names(spec)
     for name in names:
         if name not in dataset.classes:
-            there = ", ".join(dataset.classes)
-            raise ValueError(f"--classes {spec}: {dataset.name} has no class {name!r}; it has {there}")
+            raise ValueError(
+                f"{option}: {dataset.name} has no class {name!r}; it has {', '.join(dataset.classes)}"
+            )
+    return names
+
+
+def _select_classes(dataset, spec):
+    names = check_classes(dataset, f"--classes {spec}", spec)
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     renumbered = torch.full((len(dataset.classes),), -1)
     renumbered[kept] = torch.arange(len(kept))

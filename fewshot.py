@@ -218,11 +218,8 @@ def show(outcome):
     valid = outcome["episodes"]
     interval = f"{valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
     print(f"\n{valid['count']} validation episodes: accuracy {interval}")
-    names = {
-        "test": f"{SUB_PROTOTYPES} sub-prototypes a class",
-        "one_prototype": "1 prototype a class",
-        "nearest_image": "nearest training image",
-    }
+    sub = f"{SUB_PROTOTYPES} sub-prototypes a class"
+    names = {"test": sub, "one_prototype": "1 prototype a class", "nearest_image": "nearest training image"}
     rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in names.items()]
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
@@ -251,10 +248,8 @@ def parse_arguments(argv=None):
 
 
 def run_name(args):
-    defaults = vars(make_parser().parse_args([])) | {
-        "fraction": args.fraction,
-        "query": default_query(args.fraction),
-    }
+    defaults = vars(make_parser().parse_args([]))
+    defaults |= {"fraction": args.fraction, "query": default_query(args.fraction)}
     return runs.run_name(("fewshot", f"p{args.fraction!r}"), data.named(args), defaults)
 
 

@@ -84,9 +84,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "custom": Architecture(CustomCNN),
     "resnet18": Architecture("resnet18", head="fc", stem="conv1", pool="maxpool"),
-    "densenet121": Architecture(
-        "densenet121", head="classifier", stem="features.conv0", pool="features.pool0"
-    ),
+    "densenet121": Architecture("densenet121", "classifier", stem="features.conv0", pool="features.pool0"),
     # its head includes 20 % dropout, which goes: the recipe has none
     "efficientnet_b0": Architecture("efficientnet_b0", head="classifier", stem="features.0.0"),
 }
@@ -104,9 +102,7 @@ def check(arch, dropout=0.0, pretrained=False, stem="imagenet"):
     elif pretrained:
         raise ValueError(f"--pretrained: {arch} has no pretrained weights")
     elif stem != "imagenet":
-        raise ValueError(
-            f"--stem: {arch} is made for 32x32 images; only torchvision's networks have another stem"
-        )
+        raise ValueError(f"--stem: {arch} is made for 32x32 images; only torchvision's networks have another")
 
 
 def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
@@ -127,10 +123,8 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
         if isinstance(layer, nn.Conv2d):
             layer.__class__ = Convolution
     linear = next(layer for layer in model.get_submodule(head).modules() if isinstance(layer, nn.Linear))
-    model.set_submodule(
-        head,
-        nn.Sequential(nn.Linear(linear.in_features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes)),
-    )
+    layers = nn.Linear(linear.in_features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes)
+    model.set_submodule(head, nn.Sequential(*layers))
     if stem == "small":
         convolution = model.get_submodule(first)
         if convolution.kernel_size == (3, 3):
@@ -147,17 +141,11 @@ def _from_torchvision(name, pretrained):
     from torchvision import models as torchvision_models
 
     weights = "IMAGENET1K_V1" if pretrained else None
-    os.environ.setdefault(
-        "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1"
-    )  # torch.hub would run code from a weights file
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torch.hub would run code from a file
     try:
         with contextlib.redirect_stderr(sys.stdout):  # torch.hub announces downloads there
             return torchvision_models.get_model(name, weights=weights, progress=sys.stdout.isatty())
-    except (
-        OSError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:  # no network; a file of another hash or kind
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network; a file of another kind
         print(flush=True)  # torch.hub leaves its line open
         url = torchvision_models.get_model_weights(name)["IMAGENET1K_V1"].url
         raise RuntimeError(
@@ -208,9 +196,8 @@ class FewShotEmbedding(nn.Module):
         self.norm1 = nn.LayerNorm(64)
         self.mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Linear(64, 64))
         self.norm2 = nn.LayerNorm(64)
-        self.fusion = nn.Sequential(
-            nn.Linear(32 + 64, 128), nn.ReLU(inplace=True), nn.Linear(128, 64), nn.BatchNorm1d(64)
-        )
+        layers = nn.Linear(32 + 64, 128), nn.ReLU(inplace=True), nn.Linear(128, 64), nn.BatchNorm1d(64)
+        self.fusion = nn.Sequential(*layers)
 
     def forward(self, images):
         tokens = self.patches(images).flatten(2).transpose(1, 2)  # (N, 256, 64)
@@ -258,9 +245,8 @@ class MixtureOfExperts(nn.Module):
             *(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(inplace=True), nn.Dropout(0.3)),
             *(nn.Linear(32, experts), nn.Softmax(dim=1)),
         )
-        self.classifier = nn.Sequential(
-            nn.Linear(width, 64), nn.ReLU(inplace=True), nn.Linear(64, num_classes)
-        )
+        layers = nn.Linear(width, 64), nn.ReLU(inplace=True), nn.Linear(64, num_classes)
+        self.classifier = nn.Sequential(*layers)
 
     def adapt(self, features):
         """float (N, experts, 4096) -> (N, experts, width)."""

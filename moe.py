@@ -22,19 +22,10 @@ import runs
 import train
 
 EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the slides leave the experts' recipe open: their best one
-SHARED = (
-    "data",
-    "root",
-    "fraction",
-    "epochs",
-    "batch_size",
-    "device",
-    "amp",
-    "graph",
-    "out",
-    "checkpoint_every",
-)
+SHARED = ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "graph", "out",
+          "checkpoint_every")  # fmt: skip
 ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
+# Parts of a result file, and what they are called in tables
 ROWS = {
     "test": "mixture",
     "base": "base alone",
@@ -52,10 +43,8 @@ def specialties(args):
 
 def expert(args, seed, classes=None):
     """A custom network with the weights of its run of `train.py`, in eval mode, frozen."""
-    settings = train.make_parser().parse_args([])
-    vars(settings).update(
-        {name: getattr(args, name) for name in SHARED}, **EXPERT, seed=[seed], classes=classes
-    )
+    settings, shared = train.make_parser().parse_args([]), {name: getattr(args, name) for name in SHARED}
+    vars(settings).update(shared, **EXPERT, seed=[seed], classes=classes)
     train.check_arguments(settings)
     name = train.run_name(settings)
     runs.run_seeds(settings, name, train.load, train.train)
@@ -101,14 +90,11 @@ def train_gate(run):
     bases = [networks[0] if seed == run.seed else expert(args, seed) for seed in ENSEMBLE]
     for network in (*networks, *bases):
         network.to(device, memory_format=torch.channels_last)
-    outcome = {
-        name: average(run, compared).metrics()
-        for name, compared in (("base", networks[:1]), ("pair", bases[:2]), ("ensemble", bases))
-    }
+    compared = {"base": networks[:1], "pair": bases[:2], "ensemble": bases}
+    outcome = {name: average(run, several).metrics() for name, several in compared.items()}
     torch.manual_seed(run.seed)
-    model = models.MixtureOfExperts(len(networks), classes, args.train_adapters, args.adapter_width).to(
-        device
-    )
+    model = models.MixtureOfExperts(len(networks), classes, args.train_adapters, args.adapter_width)
+    model = model.to(device)
     print(f"mixture: {train.describe(model, run)}")
     splits = {name: getattr(dataset, name) for name in data.SPLITS}
     seen = {name: features(run, networks, model, split) for name, split in splits.items()}
@@ -163,20 +149,16 @@ def cost(args, networks, model, dataset):
     seen = sum(by_name[name] for group in groups for name in group)
     base = sum(p.numel() for p in networks[0].parameters())
     parts = (model, *(network.features for network in networks))
-    mixture = {
-        "parameters": sum(p.numel() for part in parts for p in part.parameters()),
-        "bases": seen / sum(sizes),
-    }
-    bases = {
-        name: {"parameters": n * base, "bases": n} for n, name in enumerate(("base", "pair", "ensemble"), 1)
-    }
-    return {"test": mixture, **bases}
+    size = sum(p.numel() for part in parts for p in part.parameters())
+    costs = {"test": {"parameters": size, "bases": seen / sum(sizes)}}
+    for count, name in enumerate(("base", "pair", "ensemble"), start=1):
+        costs[name] = {"parameters": count * base, "bases": count}
+    return costs
 
 
 def show(dataset, outcome):
-    rows = [
-        [name, *(f"{w:.3f}" for w in row)] for name, row in zip(dataset.classes, outcome["gate"], strict=True)
-    ]
+    gate = zip(dataset.classes, outcome["gate"], strict=True)
+    rows = [[name, *(f"{weight:.3f}" for weight in row)] for name, row in gate]
     print("\nmean weight of each expert, test split")
     print(tabulate(rows, ["true class", "base", "vehicles", "animals"], disable_numparse=True))
     rows = []
@@ -192,11 +174,7 @@ def load(args, device):
     """The data set; raises ValueError if it lacks the experts' classes."""
     dataset = train.load(args, device)
     for option, spec in zip(("the vehicles expert", "--animals"), specialties(args)[1:], strict=True):
-        missing = [name for name in data.class_names(spec) if name not in dataset.classes]
-        if missing:
-            raise ValueError(
-                f"{option}: {dataset.name} has no class {missing[0]!r}; it has {', '.join(dataset.classes)}"
-            )
+        data.check_classes(dataset, option, spec)
     return dataset
 
 

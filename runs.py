@@ -433,11 +433,9 @@ def environment(run):
 
 def processor():
     """The name of the CPU; platform knows it on few systems."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            (line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine()
-        )
+        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
@@ -469,17 +467,13 @@ def run_seeds(args, name, load, train):
     dataset, results = load(args, device), {}
     for seed in args.seed:
         path = Path(args.out) / name / f"seed{seed}.json"
-        result = None if args.force else on_rank0(finished, path, dataset)
-        if result:
-            print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
-        else:
-            with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
-                result = None if args.force else on_rank0(finished, path, dataset)  # by another process
-                if not result:
-                    run = Run(args, seed, dataset, device, path)
-                    print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
-                    result = run_seed(run, train)
-        results[seed] = result
+        with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
+            results[seed] = None if args.force else on_rank0(finished, path, dataset)
+            if results[seed]:
+                print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
+            else:
+                print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
+                results[seed] = run_seed(Run(args, seed, dataset, device, path), train)
     return results
 
 

@@ -10,8 +10,7 @@
 
 Our training is `train.fit` itself, and its rate is the one in its history. The plain recipe is training as it is
 usually written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
-Kornia and torchaug are measured where they are installed; torchaug asks for an older torchvision, and works without
-(pip install --no-deps torchaug). Files are written to a temporary folder only.
+Kornia is measured where it is installed. Files are written to a temporary folder only.
 """
 
 import argparse
@@ -325,20 +324,6 @@ def other_augmentations(name, images):
         }[name]
         floats = images.float() / 255
         ways["kornia"] = per_second(len(images), lambda: batch(floats))
-    if importlib.util.find_spec("torchaug") and name not in ("autoaugment", "translate"):  # not per image
-        import torchaug.transforms as torchaug
-
-        # All but flip draw one set of parameters a chunk, and take one chunk after the other
-        chunks = {"batch_transform": True, "num_chunks": len(few)}
-        whole = {
-            "flip": torchaug.RandomHorizontalFlip(0.5, batch_transform=True),
-            "rotation": torchaug.RandomRotation(15, **chunks),
-            "crop": torchaug.RandomResizedCrop(32, scale=(0.8, 1.0), **chunks),
-            "jitter": torchaug.ColorJitter(0.4, 0.4, 0.4, 0.1, **chunks),
-            "cutout": torchaug.RandomErasing(scale=(0.02, 0.2), ratio=(0.3, 3.3), **chunks),
-        }[name]
-        given = images if name == "flip" else images[:PER_IMAGE]
-        ways["torchaug"] = per_second(len(given), lambda: whole(given))
     return ways
 
 
