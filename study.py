@@ -131,10 +131,10 @@ def parse_arguments(words):
     add("--from-scratch", action="store_true", help="no ImageNet weights for resnet18 and efficientnet_b0")
     add("--data", default="cinic10", help="as for train.py (default: %(default)s)")
     add("--root", default="data", help="as for train.py (default: %(default)s)")
-    add("--seeds", default="1 2 3", help='of every run (default: "%(default)s")')
+    add("--seeds", default="1 2 3", metavar='"1 2"', help='of every run (default: "%(default)s")')
     add("--out", default="results", help="folder; a log of each run in OUT/logs (default: %(default)s)")
     add("--figures", default="figures", help="folder (default: %(default)s)")
-    add("--jobs", type=int, metavar="N", help="runs at a time, spread over the GPUs (default: one per GPU)")
+    add("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU)")
     add("--smoke", action="store_true", help="every table, tiny, on generated images")
     add("--list", action="store_true", help="print the commands, one per line, and run nothing")
     if "--smoke" in words:
@@ -162,12 +162,12 @@ def check(option, names, choices):
             raise ValueError(f"{option} {name}: choose from {' '.join(sorted(choices))}")
 
 
-def share(words):
+def sort_settings(words):
     """{script: the settings after -- that its parser has}. Raises ValueError for one that no parser has."""
     if not words:
         return {}
     parsers = {name: importlib.import_module(name).make_parser() for name in ("train", "fewshot", "moe")}
-    shares = {name: [] for name in parsers}
+    of_script = {name: [] for name in parsers}
     settings = []
     for word in words:
         if word.startswith("-") or not settings:
@@ -180,13 +180,13 @@ def share(words):
         if not scripts:
             raise ValueError(f"{' '.join(setting)}: no option of train.py, fewshot.py or moe.py")
         for name in scripts:
-            shares[name] += setting
-    return shares
+            of_script[name] += setting
+    return of_script
 
 
 def make_commands(args, settings):
     """{command, as a tuple of words: its log}, without repetition. Raises ValueError if there is none."""
-    shares = share(settings)
+    of_script = sort_settings(settings)
     data = ["--data", args.data] if args.data != "cinic10" else []
     root = ["--root", args.root] if args.root != "data" else []
     out = ["--out", args.out] if args.out != "results" else []
@@ -205,7 +205,7 @@ def make_commands(args, settings):
         if args.from_scratch:
             words = [word for word in words if word != "--pretrained"]
         # a line's own settings come after those of every run, and win
-        command = ["python", f"{FOLDER / script}.py", *data, *shares.get(script, []), *words]
+        command = ["python", f"{FOLDER / script}.py", *data, *of_script.get(script, []), *words]
         if script == "augment":
             command += ["--root", args.root, "--out", f"{args.figures}/augmentation.png"]
         else:
@@ -224,8 +224,8 @@ def quoted(command):
 # Running
 
 
-def share_machine(jobs):
-    """The GPU of each of the runs at a time; None where there is no GPU, and they share the cores."""
+def share_out(jobs):
+    """The GPU for each of the runs at a time. On a CPU that is None, and they share its cores."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")  # an empty one hides all GPUs
     if listed is None:
         status, listed = subprocess.getstatusoutput("nvidia-smi --query-gpu=index --format=csv,noheader")
@@ -280,20 +280,20 @@ def call(script, *words):
     return wait([subprocess.Popen(["python", f"{FOLDER / script}", *words])]).poll()
 
 
-def run_all(logs, free, fork, statuses):
-    """Run all commands. free: GPUs of the runs at a time; statuses: {command: exit status}, filled here."""
+def run_all(logs, gpus, fork, statuses):
+    """Run all commands, as many at a time as there are entries in gpus. statuses: {command: exit status}."""
     began, trained, running = time.monotonic(), 0, {}
     mixtures = [command for command in logs if command[1].endswith("moe.py")]  # of networks that others train
     for waiting in ([command for command in logs if command not in mixtures], mixtures):
         while waiting or running:
-            while waiting and free:
-                command, gpu = waiting.pop(0), free.pop(0)
+            while waiting and gpus:
+                command, gpu = waiting.pop(0), gpus.pop(0)
                 running[start(command, logs[command], gpu, fork)] = command, gpu
             names = [logs[command].stem for command, _ in running.values()]
             show(len(logs), statuses, names, (time.monotonic() - began) / trained if trained else 0)
             process = wait(running)
             command, gpu = running.pop(process)
-            free.append(gpu)
+            gpus.append(gpu)
             statuses[command] = process.poll()
             trained += "train loss" in logs[command].read_text(errors="replace")  # else it was skipped
     show(len(logs), statuses, [], 0)
@@ -317,7 +317,7 @@ def show(total, statuses, names, seconds):
 def main():
     try:
         args, settings = parse_arguments(sys.argv[1:])
-        free = [] if args.list else share_machine(args.jobs)  # before the import of torch
+        gpus = [] if args.list else share_out(args.jobs)  # before the import of torch
         logs = make_commands(args, settings)
         if args.list:
             print(*map(quoted, logs), sep="\n")
@@ -341,7 +341,7 @@ def main():
             status = call("data.py", "--data", args.data, "--root", args.root)
             if status != 0:
                 sys.exit(status)
-        run_all(logs, free, fork, statuses)
+        run_all(logs, gpus, fork, statuses)
         if any(Path(args.out).glob("*/seed*.json")):
             tables = call("aggregate.py", args.out, *figures)
     except KeyboardInterrupt:
