@@ -4,7 +4,7 @@
     python aggregate.py results --format latex           # also plain, csv, json
     python aggregate.py results --figures figures        # the figures too (needs matplotlib)
 
-Rows and columns are those of the study in `run_all.sh`. A table holds the results of one data set, one fraction of it and
+Rows and columns are those of the study in `study.py`. A table holds the results of one data set, one fraction of it and
 one number of epochs: others get tables of their own. Cells are mean ± standard deviation (n - 1) over the seeds found.
 """
 
@@ -27,6 +27,7 @@ import tabulate
 import fewshot
 import moe
 import runs
+import study
 import train
 
 SCRIPTS = {"train": train, "moe": moe, "fewshot": fewshot}
@@ -40,7 +41,7 @@ class Line(NamedTuple):
     tables: list  # names of those that it stands in
     script: str  # a key of SCRIPTS
     settings: dict  # every setting of its run
-    given: dict  # the settings that its line in run_all.sh gives
+    given: dict  # the settings that its line in study.py gives
 
 
 # In a configuration, and no part of what was trained
@@ -60,20 +61,17 @@ def complete(script, config):
     return {key: value for key, value in settings.items() if key not in NO_SETTING}
 
 
-def read_study(path):
-    """The lines of the study in run_all.sh, one for each network of a line. Raises ValueError for a line that is wrong."""
-    text = path.read_text().split("study='")[1].split("'")[0]
-    every_network, lines = re.search(r"^all = (.*)$", text, re.MULTILINE)[1], []
-    for tables, what, *words in (line.split() for line in text.splitlines() if line and " = " not in line):
-        if what == "augment":
+def read_study():
+    """The lines of study.py, one for each network of a line. Raises ValueError for a line that is wrong."""
+    lines = []
+    for tables, script, words in study.lines():
+        if script == "augment":
             continue  # a picture
-        script, networks = (what, [None]) if what in SCRIPTS else ("train", what.split(","))
-        for network in every_network.split(",") if networks == ["all"] else networks:
-            parser = SCRIPTS[script].make_parser()
-            given = vars(parser.parse_args([*(["--arch", *network.split()] if network else []), *words]))
-            given = {key: value for key, value in given.items() if value != parser.get_default(key)}
-            given = {key: value for key, value in given.items() if key not in NO_SETTING}
-            lines.append(Line(tables.split(","), script, complete(script, given), given))
+        parser = SCRIPTS[script].make_parser()
+        given = vars(parser.parse_args(words))
+        given = {key: value for key, value in given.items() if value != parser.get_default(key)}
+        given = {key: value for key, value in given.items() if key not in NO_SETTING}
+        lines.append(Line(tables, script, complete(script, given), given))
     return lines
 
 
@@ -82,9 +80,9 @@ OF_ONE_SCRIPT = ALL["train"].keys() ^ ALL["fewshot"].keys()  # settings that onl
 # What a setting is where a script does not have it, or no longer: older results do
 DEFAULTS = {"method": "episodes"} | ALL["moe"] | ALL["fewshot"] | ALL["train"]
 try:
-    STUDY = read_study(Path(__file__).resolve().parent / "run_all.sh")
-except (OSError, ValueError) as error:
-    raise SystemExit(f"the study in run_all.sh: {error}") from None
+    STUDY = read_study()
+except ValueError as error:
+    raise SystemExit(f"the study in study.py: {error}") from None
 
 
 # The tables
@@ -135,7 +133,7 @@ TABLES = {
     "beyond-moe": Table("Beyond the slides: mixture of experts", "part", MIXTURE),
     "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", METHODS),
 }  # fmt: skip
-TABLES |= {  # a table that only run_all.sh names
+TABLES |= {  # a table that only study.py names
     name: Table(name.replace("-", " ").capitalize(), "run", METRICS)
     for line in STUDY for name in line.tables if name not in TABLES
 }  # fmt: skip

@@ -8,7 +8,7 @@
 
 Defaults reproduce the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. A run that
 already has a result is skipped; an interrupted run resumes. A new optimizer is a line in OPTIMIZERS, a new network an entry
-of models.ARCHITECTURES, a new augmentation one of augment.AUGMENTATIONS, a new row of a table a line of run_all.sh.
+of models.ARCHITECTURES, a new augmentation one of augment.AUGMENTATIONS, a new row of a table a line of study.py.
 """
 
 import functools

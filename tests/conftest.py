@@ -213,5 +213,5 @@ class Reads(TorchDispatchMode):
 
 def pytest_collection_modifyitems(items):
     """First the tests that start no script: most failures show within a minute."""
-    slow = ("test_trust.py", "test_run_all.py", "test_benchmark.py")
+    slow = ("test_trust.py", "test_study.py", "test_benchmark.py")
     items.sort(key=lambda item: "run" in item.fixturenames or item.path.name in slow)

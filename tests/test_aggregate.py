@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import HOUSE
 from scipy import stats
-from test_run_all import listed, settings
+from test_study import listed, settings
 
 import aggregate
 import data
@@ -78,7 +78,7 @@ def table(text, title):
     return {row: dict(zip(head[1:], cells, strict=True)) for row, *cells in reversed(lines)}
 
 
-# The study, defined in run_all.sh alone
+# The study, defined in study.py alone
 
 
 def test_every_run_of_the_study_is_in_a_table_and_every_cell_is_filled(study):
@@ -120,11 +120,11 @@ def test_every_published_number_stands_in_its_cell(study, run):
      ("beyond custom --aug flip", ("beyond", "custom + aug flip", "accuracy")),
      ("warmth resnet18 --aug none --lr 0.3", ("warmth", "resnet18 + lr 0.3", "accuracy"))],
 )  # fmt: skip
-def test_one_line_in_run_all_adds_a_value_a_row_or_a_table(line, place, tmp_path):
+def test_one_line_in_study_adds_a_value_a_row_or_a_table(line, place, tmp_path):
     for name in ("run_all.sh", *(path.name for path in HOUSE.glob("*.py"))):
         shutil.copy(HOUSE / name, tmp_path)
-    text = (tmp_path / "run_all.sh").read_text()
-    (tmp_path / "run_all.sh").write_text(text.replace("\nsamples ", f"\n{line}\nsamples ", 1))
+    text = (tmp_path / "study.py").read_text()
+    (tmp_path / "study.py").write_text(text.replace("\nsamples ", f"\n{line}\nsamples ", 1))
     listing = ["bash", tmp_path / "run_all.sh", "--list", "--only", place[0]]
     commands = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.splitlines()
     for command in commands:

