@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -217,10 +218,6 @@ def make_commands(args, settings):
     return logs
 
 
-def quoted(command):
-    return " ".join(re.sub(r"[^\w@%+=:,./-]", r"\\\g<0>", word) for word in command)
-
-
 # Running
 
 
@@ -320,7 +317,7 @@ def main():
         gpus = [] if args.list else share_out(args.jobs)  # before the import of torch
         logs = make_commands(args, settings)
         if args.list:
-            print(*map(quoted, logs), sep="\n")
+            print(*map(shlex.join, logs), sep="\n")
             return
         for folder in (args.figures, f"{args.out}/logs"):
             os.makedirs(folder, exist_ok=True)
@@ -357,7 +354,7 @@ def main():
         last = logs[command].read_text(errors="replace").splitlines()[-1:]
         if statuses[command] < 0:
             last = [f"killed by signal {-statuses[command]}"]
-        print(f"  {quoted(command)}\n    {logs[command]}: {''.join(last)}")
+        print(f"  {shlex.join(command)}\n    {logs[command]}: {''.join(last)}")
     sys.exit(1 if failed or tables != 0 else 0)
 
 
