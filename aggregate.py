@@ -49,7 +49,7 @@ NO_SETTING = set(runs.NEUTRAL) - {"amp"}
 # What tables compare: a result that differs from a line of the study in one of these is another run. One that differs in
 # another setting (data, epochs, fraction) stands in a table of its own
 STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule", "label_smoothing",
-           "method", "classes"}  # fmt: skip
+           "classes"}  # fmt: skip
 
 
 def complete(script, config):
@@ -75,10 +75,6 @@ def read_study():
     return lines
 
 
-ALL = {name: complete(name, {}) for name in SCRIPTS}
-OF_ONE_SCRIPT = ALL["train"].keys() ^ ALL["fewshot"].keys()  # settings that only one of the two has
-# What a setting is where a script does not have it, or no longer: older results do
-DEFAULTS = {"method": "episodes"} | ALL["moe"] | ALL["fewshot"] | ALL["train"]
 try:
     STUDY = read_study()
 except ValueError as error:
@@ -91,30 +87,24 @@ except ValueError as error:
 class Table(NamedTuple):
     title: str | None  # None: only a figure
     rows: str  # a setting, `network`, `run` (what it adds to the run above) or `part` (of a mixture's result)
-    columns: str | tuple | dict  # a setting, metrics of each row, or METHODS
+    columns: str | tuple  # a setting, `method`, or columns that every row has
 
 
-METHODS = {  # column: script, settings that select its runs, part of a result file
-    "few-shot": ("fewshot", {}, "test"),
-    "1 prototype": ("fewshot", {}, "one_prototype"),
-    "nearest image": ("fewshot", {}, "nearest_image"),
-    "regular training": ("train", {"schedule": "none"}, "test"),
-    "regular training, one-cycle": ("train", {"schedule": "onecycle"}, "test"),
-}
-PARTS = {
-    "test": "mixture",
-    "base": "base alone",
-    "pair": "mean of two bases",
-    "ensemble": "mean of three bases",
-}
-COSTS = {
-    "parameters": "parameters",
-    "training, in base networks": "bases",
-}  # column: its name in a result's cost
-OTHER_PARTS = {  # column that is no metric of `test`: part of a result file, metric
+COLUMNS = {  # part of a result file, metric; of a column that is not here: the test accuracy of one setting or method
+    **{metric: ("test", metric) for metric in METRICS},
+    "accuracy with mirror images": ("test_tta", "accuracy"),
     "1 prototype": ("one_prototype", "accuracy"),
     "nearest image": ("nearest_image", "accuracy"),
-    "accuracy with mirror images": ("test_tta", "accuracy"),
+    "parameters": ("test", "parameters"),
+    "training, in base networks": ("test", "bases"),
+}
+COSTS = {"parameters": "{:,.0f}", "training, in base networks": "{:.1f}"}  # of each seed the same
+PARTS = {row: part for part, row in moe.ROWS.items()}  # rows of a mixture's table
+START = {True: ", pretrained", False: ", from scratch"}  # of a network that does not start as in the study
+METHODS = {  # script and schedule of a run, the methods that it gives results of
+    ("fewshot", "none"): ("few-shot", "1 prototype", "nearest image"),
+    ("train", "none"): ("regular training",),
+    ("train", "onecycle"): ("regular training, one-cycle",),
 }
 MIXTURE = ("loss", "accuracy", "f1", "precision", "recall", *COSTS)
 TABLES = {
@@ -131,7 +121,7 @@ TABLES = {
     "regular": Table("Regular training on the same fractions", "fraction", ("accuracy",)),
     "beyond": Table("Beyond the slides", "run", ("accuracy", "f1", "loss", "accuracy with mirror images")),
     "beyond-moe": Table("Beyond the slides: mixture of experts", "part", MIXTURE),
-    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", METHODS),
+    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "method"),
 }  # fmt: skip
 TABLES |= {  # a table that only study.py names
     name: Table(name.replace("-", " ").capitalize(), "run", METRICS)
@@ -140,17 +130,15 @@ TABLES |= {  # a table that only study.py names
 
 
 def read_published(text):
-    """{table: {row: {column: (mean, std)}}}; std None: a single seed. text: a block a table, its first line the columns."""
-    tables = {}
+    """{(table, row, column): (mean, std)}; std None: a single seed. text: a block a table, its first line the columns."""
+    numbers = {}
     for block in text.strip().split("\n\n"):
         (name, *columns), *rows = (line.split() for line in block.splitlines())
         for row, *cells in rows:
-            numbers = [[float(number) for number in cell.split("±")] for cell in cells]
-            tables.setdefault(name, {})[row] = {
-                column: (mean, *std) if std else (mean, None)
-                for column, (mean, *std) in zip(columns, numbers, strict=True)
-            }
-    return tables
+            for column, cell in zip(columns, cells, strict=True):
+                mean, _, std = cell.partition("±")
+                numbers[name, row, column] = (float(mean), float(std) if std else None)
+    return numbers
 
 
 # N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the mixture: one).
@@ -228,7 +216,7 @@ def text_of(value):
 def in_words(settings):
     """Settings as readers say them: `30 epochs, schedule onecycle`."""
     words = []
-    for key, value in settings:
+    for key, value in settings.items():
         if key in ("epochs", "episodes"):
             words.append(f"{value} {key if value > 1 else key[:-1]}")
         elif key == "fraction":
@@ -238,332 +226,226 @@ def in_words(settings):
     return ", ".join(words)
 
 
-def row_of(table, line, above):
-    """The label of a line's row. above: the line above it of the same network, or None."""
-    if table.rows == "part":
-        return None
-    if table.rows not in ("network", "run"):
-        return text_of(line.settings[table.rows])
-    network = line.settings.get("arch", line.script)
-    if table.rows == "network":
-        return network
-    builds_on = above is not None and above.given.items() <= line.given.items()
-    added = dict(line.given.items() - above.given.items() if builds_on else line.given.items())
-    words = in_words((key, value) for key, value in line.given.items() if key in added and key != "arch")
-    return f"{network}{':' if above and not builds_on else ' +'} {words}" if words else network
+def lay_out(name):
+    """The lines of a table, those of one network together: (line, (row, column) of each cell that it fills, row that it
+    builds on). A run builds on the one above it if it only adds settings. A line that would fill the cells of another gets
+    a row of its own."""
+    table, layout, taken, networks = TABLES[name], [], set(), collections.defaultdict(list)
+    for line in STUDY:
+        if name in line.tables:
+            networks[line.settings.get("arch", line.script)].append(line)
+    for network, lines in networks.items():
+        row, above = None, {}
+        for line in lines:
+            adds = above.items() <= line.given.items()
+            known = {"arch", *(above if adds else ())}
+            added = in_words({key: value for key, value in line.given.items() if key not in known})
+            start = line.settings.get("pretrained")
+            base, row, above = row if adds else None, network, line.given
+            if table.rows == "run" and added:
+                row += (" + " if adds else ": ") + added
+            elif table.rows == "network" and start != lines[0].settings["pretrained"]:
+                row += START[start]
+            elif table.rows not in ("run", "network", "part"):
+                row = text_of(line.settings[table.rows])
+            if taken & set(places(table, line, row)):
+                row += f" ({in_words(line.given)})"
+            taken |= set(places(table, line, row))
+            layout.append((line, places(table, line, row), base))
+    return layout
 
 
-def lines_of(name):
-    """The lines of a table, each with the label of its row: those of one network together. A line that would fill the
-    cells of another gets a row of its own."""
-    table, above, lines, taken = TABLES[name], {}, {}, set()
-    for line in (line for line in STUDY if name in line.tables):
-        network = line.settings.get("arch")
-        row = row_of(table, line, above.get(network))
-        if taken & {place[:2] for place in places(table, row, line)}:
-            row += f" ({in_words(line.given.items())})"
-        taken |= {place[:2] for place in places(table, row, line)}
-        lines.setdefault(network, []).append((row, line))
-        above[network] = line
-    return list(itertools.chain.from_iterable(lines.values()))
+def places(table, line, row):
+    """The cells that a line fills."""
+    columns = table.columns
+    if columns == "method":
+        columns = METHODS.get((line.script, line.settings["schedule"]), ())
+    elif isinstance(columns, str):
+        columns = [text_of(line.settings[columns])]
+    rows = [row] if table.rows != "part" else PARTS if line.script == "moe" else []
+    return list(itertools.product(rows, columns))
 
 
-def places(table, row, line):
-    """The cells that a run fills: (row, column, part of a result file, metric) of each."""
-    if table.rows == "part":
-        given = [(part, label, metric) for part, label in PARTS.items() for metric in table.columns]
-        return [(label, metric, part, metric) for part, label, metric in given if line.script == "moe"]
-    if isinstance(table.columns, dict):
-        return [
-            (row, column, part, "accuracy")
-            for column, (script, wanted, part) in table.columns.items()
-            if script == line.script and all(line.settings.get(k, v) == v for k, v in wanted.items())
-        ]
-    if isinstance(table.columns, str):
-        return [(row, text_of(line.settings[table.columns]), "test", "accuracy")]
-    return [(row, column, *OTHER_PARTS.get(column, ("test", column))) for column in table.columns]
-
-
-def layout(name):
-    """Labels of the rows and of the columns of a table: in the study's order, numbers by size."""
-    cells = [place for row, line in lines_of(name) for place in places(TABLES[name], row, line)]
-    labels = [list(dict.fromkeys(place[axis] for place in cells)) for axis in (0, 1)]
-    return [
-        sorted(axis, key=float) if all(re.fullmatch(r"[\d.]+", label) for label in axis) else axis
-        for axis in labels
-    ]
+LAYOUT = {name: lay_out(name) for name in TABLES}
 
 
 # Results
 
 
-class Result(NamedTuple):
-    path: Path
-    script: str
-    settings: dict  # all that its run was configured with
-    seed: int
-    common: dict  # what other seeds of its run have in common with it; None: it does not say
-    content: dict  # the file
-
-
-class Value(NamedTuple):
-    result: Result
-    part: str  # of its file
-    metric: str
-
-    def number(self):
-        """None for a part that only some runs have."""
-        content, name = self.result.content, self.metric
-        if name in COSTS:
-            content, name = content.get("cost", {}), COSTS[name]
-        return content.get(self.part, {}).get(name)
+# A result file. settings: all that its run was configured with; common: what the seeds of a run have in common
+Result = collections.namedtuple("Result", "path script settings seed common content")
 
 
 def read(folder):
     """The finished runs below a folder, a list of Result. A file that cannot be used is named on standard error."""
-    results, known = [], {}
+    results, known, fingerprints = [], {}, collections.defaultdict(set)
     for path in sorted(Path(folder).rglob("seed*.json")):
         try:
-            result = understand(path, json.loads(path.read_text()))
+            result = understand(path)
+            seeds = known.setdefault((result.script, frozenset(result.settings.items())), {})
+            if result.seed in seeds:
+                raise ValueError(f"the same run as {seeds[result.seed].path}")
+            first = next(iter(seeds.values()), result)
+            for what, value in first.common.items():
+                if (ours := result.common[what]) != value:
+                    raise ValueError(f"{what} {ours}, and {value} in seed {first.seed} of its run")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             print(f"left out: {path}: {reason}", file=sys.stderr)
             continue
-        run = json.dumps([result.script, sorted(result.settings.items())])
-        seeds = known.setdefault(run, {})
-        if result.seed in seeds:
-            print(f"left out: {path}: the same run as {seeds[result.seed].path}", file=sys.stderr)
-        else:
-            seeds[result.seed] = result
-    for seeds in known.values():
-        results += comparable(list(seeds.values()))
-    return tell_data_apart(results)
+        seeds[result.seed] = result
+        results.append(result)
+        fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
+    for result in results:
+        if len(fingerprints[result.settings["data"]]) > 1:  # several data sets of one name share no table
+            result.settings["fingerprint"] = result.common["data fingerprint"]
+    return sorted(results, key=lambda result: result.seed)
 
 
-TESTED = {  # parts of every result file of a script
-    "train": ("test",),
-    "fewshot": ("test", "one_prototype", "nearest_image"),
-    "moe": ("test", "base", "ensemble"),
-}
-
-
-def understand(path, content):
+def understand(path):
     """A Result; raises what Python raises for a file that is none of ours, and ValueError for half a run."""
+    content = json.loads(path.read_text())
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
-    config = content["config"]
+    config, environment, classes = content["config"], content["environment"], len(content["data"]["classes"])
     script = "fewshot" if "way" in config else "moe" if "train_adapters" in config else "train"
     settings = complete(script, config)
-    if not all(value is None or isinstance(value, str | int | float) for value in settings.values()):
-        raise ValueError("a setting is no plain value")
     done = len(content["history"])
     if script != "fewshot" and done != settings["epochs"]:
         raise ValueError(f"half a run: {done} of {settings['epochs']} epochs")
-    names = [*TESTED[script], *(name for name in ("test_tta", "pair") if name in content)]
     splits = ("train",) if script == "fewshot" else ("train", "valid")
-    parts = [content[name] for name in names]
+    tested = {"test", *(content.keys() & {*PARTS.values(), *(part for part, _ in COLUMNS.values())})}
+    parts = [content[name] for name in tested]
     parts += [entry[split] for entry in content["history"] for split in splits]
-    for part in parts:
-        if not all(math.isfinite(part[metric]) for metric in METRICS):
-            raise ValueError("a metric is not finite")
-    classes, experts = len(content["data"]["classes"]), 3
-    shapes = {"confusion": (classes, classes), **({"gate": (classes, experts)} if script == "moe" else {})}
-    for name, shape in shapes.items():
-        if np.array(content[name], dtype=float).shape != shape:
+    if not all(math.isfinite(part[metric]) for part in parts for metric in METRICS):
+        raise ValueError("a metric is not finite")
+    widths = {"confusion": classes, "gate": 3} if script == "moe" else {"confusion": classes}
+    for name, width in widths.items():
+        if np.shape(content[name]) != (classes, width):
             raise ValueError(f"{name} is not of {classes} classes")
-    environment = content.get("environment", {})
+    for part, cost in content.get("cost", {}).items():
+        content[part] |= cost
     common = {
-        "data fingerprint": content["data"].get("fingerprint"),
-        "dtype": environment.get("dtype"),
-        "number of processes": environment.get("processes"),
-        "major version of torch": environment.get("torch", "").split(".")[0] or None,
+        "data set": content["data"]["name"],
+        "data fingerprint": content["data"]["fingerprint"],
+        "dtype": environment["dtype"],
+        "number of processes": environment["processes"],
+        "major version of torch": environment["torch"].split(".")[0],
     }
-    common = {what: None if value is None else str(value) for what, value in common.items()}
+    common = {what: str(value) for what, value in common.items()}
     return Result(path, script, settings, int(config["seed"]), common, content)
 
 
-def comparable(siblings):
-    """Seeds of one run, without those that differ from most of the others (of equally many, from the first) in what they
-    should have in common; these are named on standard error. What an older file does not say counts as equal."""
-    for what in siblings[0].common:
-        counts = collections.Counter(r.common[what] for r in siblings if r.common[what] is not None)
-        usual = counts.most_common(1)[0][0] if counts else None
-        for odd in [r for r in siblings if r.common[what] not in (None, usual)]:
-            reason = f"{what} {odd.common[what]}, and {usual} in other seeds of its run"
-            print(f"left out: {odd.path}: {reason}", file=sys.stderr)
-            siblings.remove(odd)
-    return siblings
+# What stands in one table. group: {setting: value} in which all its results differ from the lines of the study; found:
+# {(row, column): results}; cells: a Cell for each row and column, row by row
+Block = collections.namedtuple("Block", "name group found cells")
 
 
-def tell_data_apart(results):
-    """Give results of several data sets with one name the fingerprint as a setting, so that they share no table."""
-    fingerprints = collections.defaultdict(set)
-    for result in results:
-        fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
-    for result in results:
-        if len(fingerprints[result.settings["data"]] - {None}) > 1:
-            result.settings["fingerprint"] = result.common["data fingerprint"]
-    silent = [r for r in results if None in (r.common["data fingerprint"], r.common["number of processes"])]
-    if silent:
-        missing = "no data fingerprint or number of processes: whether these agree is not checked"
-        print(f"{len(silent)} of {len(results)} results are older files with {missing}", file=sys.stderr)
-    return results
+def arrange(results, published):
+    """A Block for each table that there are results for, the study's own settings first, and the results in no table.
 
-
-def arrange(results):
-    """{(table, group): {(row, column): {seed: Value}}}, and the results that are in no table.
-
-    group: the settings, as (name, value) pairs, in which all results of a table differ from the lines of the study.
+    A table is left out if all its results stand together in another one: what it shares with that is then all it has.
     """
-    blocks, unused = {}, []
-    lines = {name: lines_of(name) for name in TABLES}
-    for result in results:
-        used = False
-        for name, table in TABLES.items():
-            found = [(differences(table, line, result), row, line) for row, line in lines[name]]
-            found = [entry for entry in found if entry[0] is not None]
-            if not found:
-                continue
-            used = True
-            differs, row, line = min(found, key=lambda entry: len(entry[0]))
-            start = line.settings.get("pretrained")
-            if result.settings.get("pretrained") != start:
-                row += ", from scratch" if start else ", pretrained"
-            group = {key: value for key, value in differs.items() if key not in OF_ONE_SCRIPT}
-            rest = in_words((key, value) for key, value in differs.items() if key in OF_ONE_SCRIPT)
-            if not isinstance(table.columns, dict):  # all runs are of one script
-                group, rest = differs, ""
-            for label, column, part, metric in places(table, row, line):
-                place = label, f"{column} ({rest})" if rest else column
-                cells = blocks.setdefault((name, tuple(sorted(group.items()))), {})
-                cells.setdefault(place, {})[result.seed] = Value(result, part, metric)
-        if not used:
-            unused.append(result)
-    return without_repeats(blocks), unused
+    tables, used, shown = collections.defaultdict(dict), set(), []
+    own = complete("train", {}).keys() ^ complete("fewshot", {}).keys()
+    for name, result in itertools.product(TABLES, results):
+        differs, cells = nearest(name, result)
+        if differs is None:
+            continue
+        used.add(result.path)
+        start = START[differs.pop("pretrained")] if "pretrained" in differs else ""
+        label = ""
+        if TABLES[name].columns == "method":  # of two scripts: what only one of them has stands in the column
+            label = in_words({key: differs.pop(key) for key in list(differs) if key in own})
+        group = tuple(sorted(differs.items()))
+        for row, column in cells:
+            place = (row + start, f"{column} ({label})" if label else column)
+            tables[name, group].setdefault(place, []).append(result)
+    for name, group in sorted(tables, key=lambda key: (TABLES[key[0]].columns == "method", len(key[1]))):
+        paths = {result.path for found in tables[name, group].values() for result in found}
+        if any(paths <= others for others in shown):
+            del tables[name, group]
+        shown.append(paths)
+    blocks = [Block(name, dict(group), found, []) for (name, group), found in tables.items()]
+    blocks = [block._replace(cells=cells_of(block, published)) for block in blocks]
+    blocks.sort(key=lambda block: (len(block.group), str(block.group)))
+    return blocks, [result for result in results if result.path not in used]
 
 
-def differences(table, line, result):
-    """{setting: value} in which a result differs from a line of the study; None if it is another run."""
-    fixed = {*STUDIED, *line.given} - ({"pretrained"} if table.rows == "network" else set())
-    wanted = DEFAULTS | line.settings
-    differs = {key: value for key, value in result.settings.items() if value != wanted.get(key)}
-    if result.script != line.script or fixed & differs.keys():
-        return None
-    differs.pop("pretrained", None)
-    return differs
-
-
-def without_repeats(blocks):
-    """Leave out a table if all its runs stand together in another one: what it shares with that is then all it has."""
-
-    def rank(key):
-        name, group = key
-        return isinstance(TABLES[name].columns, dict), len(group), list(TABLES).index(name)
-
-    kept = {}
-    for key in sorted(blocks, key=rank):
-        runs = {value.result.path for seeds in blocks[key].values() for value in seeds.values()}
-        if not any(runs <= others for others in kept.values()):
-            kept[key] = runs
-    return {key: blocks[key] for key in kept}
+def nearest(name, result):
+    """Of the lines of a table that differ from a result in nothing that is studied, the one that differs least: {setting:
+    value of the result} where they differ, and the cells of the line. (None, None) if there is none."""
+    fits = []
+    for line, cells, _ in LAYOUT[name]:
+        fixed = {*STUDIED, *line.given} - ({"pretrained"} if TABLES[name].rows == "network" else set())
+        differs = {key: value for key, value in result.settings.items() if value != line.settings.get(key)}
+        if result.script == line.script and not fixed & differs.keys():
+            fits.append((differs, cells))
+    return min(fits, key=lambda fit: len(fit[0]), default=(None, None))
 
 
 # Cells
 
-
-class Cell(NamedTuple):
-    values: list  # of each seed
-    mean: float
-    std: float | None  # n - 1; None for a single seed
-    published: tuple | None  # (mean, std) on the slides
-    best: bool = False  # of its row or column
-    tied: bool = False  # not the best, and not told apart from it by Welch's test
+# What csv and json print. std: n - 1, None for a single seed. tied: not told apart from the best by Welch's test
+FIELDS = "group table row column mean std seeds slides_mean slides_std difference best tied"
+Cell = collections.namedtuple("Cell", FIELDS)
 
 
-def tabulated(name, group, found, with_published):
-    """The rows of a table: {row: {column: Cell or None}}."""
-    rows, columns = shown(name, group, found)
-    table, cells = TABLES[name], {row: dict.fromkeys(columns) for row in rows}
-    for (row, column), seeds in found.items():
-        values = [value.number() for _, value in sorted(seeds.items())]
-        values = [value for value in values if value is not None]
-        if row in (PARTS["pair"], PARTS["ensemble"]):
-            values = values[:1]  # of the same networks, whatever the gate's seed
-        if values and row in cells:
-            std = float(np.std(values, ddof=1)) if len(values) > 1 and column not in COSTS else None
-            slides = (
-                PUBLISHED.get(name, {}).get(row, {}).get(column) if with_published and not group else None
-            )
-            cells[row][column] = Cell(values, float(np.mean(values)), std, slides)
-    if isinstance(table.columns, str | dict):  # which setting is best for this row?
-        for row in rows:
-            mark([(row, column) for column in columns], cells)
-    elif table.rows != "fraction":  # which row is best?
-        for column in columns:
-            if column not in COSTS:
-                mark([(row, column) for row in rows], cells, lower_is_better=column == "loss")
+def cells_of(block, published):
+    """The cells of a table, row by row. published: as PUBLISHED."""
+    table, group, cells = TABLES[block.name], describe(block), []
+    places = itertools.product(*labels(block))
+    values = {place: numbers(block.found.get(place, []), *place) for place in places}
+    axis = 0 if isinstance(table.columns, str) else 1  # is the best of a row marked, or that of a column?
+    for place, seeds in values.items():
+        mean = float(np.mean(seeds)) if seeds else None
+        std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 and place[1] not in COSTS else None
+        slides = published.get((block.name, *place)) if seeds and not block.group else None
+        difference = mean - slides[0] if slides else None
+        rivals = [others for other, others in values.items() if others and other[axis] == place[axis]]
+        best = tied = False
+        if seeds and len(rivals) > 1 and place[1] not in COSTS and (axis == 0 or table.rows != "fraction"):
+            first = (min if place[1] == "loss" else max)(rivals, key=np.mean)
+            best = seeds is first
+            tied = not best and min(len(seeds), len(first)) >= 3 and p_value(seeds, first) > 0.05
+        ours = (group, table.title, *place, mean, std, len(seeds))
+        cells.append(Cell(*ours, *(slides or (None, None)), difference, best, tied))
     return cells
 
 
-def mark(line, cells, lower_is_better=False):
-    """Mark the best of a row or column, and what is not told apart from it. line: the places of its cells."""
-    line = [(row, column) for row, column in line if cells[row][column]]
-    if len(line) < 2:
-        return
-    ranked = sorted(line, key=lambda place: cells[place[0]][place[1]].mean, reverse=not lower_is_better)
-    best = cells[ranked[0][0]][ranked[0][1]]
-    for row, column in ranked:
-        cell = cells[row][column]
-        p = p_value(cell.values, best.values)
-        enough = min(len(cell.values), len(best.values)) >= 3
-        cells[row][column] = cell._replace(best=cell is best, tied=cell is not best and enough and p > 0.05)
+def labels(block):
+    """Labels of rows and columns, numbers by size. Of the slides' tables, all of the study, except fractions of which
+    another data set may have too few images, and a network that is there with the other start; else those that there are
+    results of."""
+    table, slides = TABLES[block.name], not block.name.startswith("beyond")
+    cells = [cell for _, cells, _ in LAYOUT[block.name] for cell in cells]
+    all_rows, all_columns = (sorted(dict.fromkeys(axis), key=size) for axis in zip(*cells, strict=True))
+    filled = {place[1] for place, results in block.found.items() if numbers(results, *place)}
+    filled = sorted(filled.union(all_columns if slides else ()))
+    columns = [label for column in all_columns for label in filled if label.split(" (")[0] == column]
+    counts, rows = collections.Counter(row for row, _ in block.found), []
+    for row in all_rows:
+        others = [row + start for start in START.values() if row + start in counts]
+        if row in counts and isinstance(table.columns, str):
+            others = [other for other in others if counts[other] > 1]  # more than the baseline
+        if row in counts or (slides and not others and not (block.group and table.rows == "fraction")):
+            rows.append(row)
+        rows += [other for other in others if other not in all_rows]
+    return rows, columns
 
 
-def variants(row, there):
-    """Of the labels there are, those of the same network with the other start."""
-    return [other for other in (f"{row}, from scratch", f"{row}, pretrained") if other in there]
+def size(label):
+    """What sorts numbers by size, and leaves other labels in the study's order."""
+    return float(label) if re.fullmatch(r"[\d.]+", label) else math.inf
 
 
-def shown(name, group, found):
-    """Labels of rows and columns. Of the slides' tables, all of the study, except fractions of which another data set may
-    have too few images, and a network that is there with the other start; else those that there are results of."""
-    table, slides = TABLES[name], not name.startswith("beyond")
-    rows, columns = layout(name)
-    there = {row for row, _ in found}
-    if isinstance(table.columns, str):  # the other start has to have more than the baseline
-        once = [row for row, count in collections.Counter(row for row, _ in found).items() if count == 1]
-        there -= {other for row in there for other in variants(row, once)}
-    listed = []
-    for row in rows:
-        if row in there or (slides and not variants(row, there) and not (group and table.rows == "fraction")):
-            listed.append(row)
-        listed += variants(row, there)
-    filled = {
-        column for (_, column), seeds in found.items() if any(v.number() is not None for v in seeds.values())
-    }
-    needed = set(columns) - {*COSTS} if slides else set()
-    columns = sorted(
-        {*columns, *filled} & {*needed, *filled}, key=lambda c: (columns.index(c.split(" (")[0]), c)
-    )
-    return listed, columns
-
-
-def command(name, group, found, rows, folder):
-    """The command line that fills the empty cells of a table. found, rows: its cells; folder: of the results."""
-    words = ["bash", "run_all.sh", "--only", name]
-    words += ["--data", dict(group)["data"]] if "data" in dict(group) else []
-    words += ["--out", str(folder)] if str(folder) != "results" else []
-    seeds = sorted({seed for seeds in found.values() for seed in seeds})
-    words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
-    started = {"resnet18", "efficientnet_b0"} & {row for row, _ in found}  # from ImageNet weights
-    words += (
-        ["--from-scratch"] if "data" in dict(group) and not started and TABLES[name].rows == "network" else []
-    )
-    settings = [(key, value) for key, value in group if key not in ("data", "fingerprint")]
-    words += ["--"] if settings else []
-    for key, value in settings:
-        words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [text_of(value)])
-    return shlex.join(words)
+def numbers(results, row, column):
+    """The numbers of a cell, one for each seed whose file has it."""
+    part, metric = COLUMNS.get(column.split(" (")[0], ("test", "accuracy"))
+    part = PARTS.get(row, part)
+    if part in ("pair", "ensemble"):
+        results = results[:1]  # of the same networks, whatever the gate's seed
+    return [r.content[part][metric] for r in results if metric in r.content.get(part, {})]
 
 
 def p_value(first, second):
@@ -586,150 +468,141 @@ def p_value(first, second):
 # Printing
 
 
-def results_of(blocks):
-    return [value.result for found in blocks for seeds in found.values() for value in seeds.values()]
+def describe(block, but=()):
+    """Data set, then the settings in which a table differs from the study, without those named in `but`."""
+    (first, *_), *_ = block.found.values()
+    data_set = first.common["data set"].replace("cinic10", "CINIC-10")
+    settings = in_words({key: value for key, value in block.group.items() if key not in ("data", *but)})
+    return f"{data_set}, {settings}" if settings else data_set
 
 
-def describe(group, results):
-    """A group in words: its data set, then what differs from the study."""
-    names = sorted({r.content["data"]["name"] for r in results})
-    words = ["CINIC-10" if name == "cinic10" else name for name in names]
-    return ", ".join([*words, *filter(None, [in_words((k, v) for k, v in group if k != "data")])])
+def caption(block):
+    """Data set, settings and length of training."""
+    runs = [result.settings for results in block.found.values() for result in results]
+    lengths = {(key, run[key]) for run in runs for key in ("epochs", "episodes") if key in run}
+    lengths = " or ".join(in_words(dict([length])) for length in sorted(lengths))
+    return f"{describe(block, but=('epochs', 'episodes'))}, {lengths}"
 
 
-def lengths(results):
-    """How long runs were trained: `10 epochs`."""
-    found = {(key, r.settings[key]) for r in results for key in ("epochs", "episodes") if key in r.settings}
-    return " or ".join(in_words([length]) for length in sorted(found))
+def slug(name, group):
+    """A name for a file or label that says in what a group differs."""
+    return name + re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{text_of(value)}" for key, value in group.items()))
+
+
+def command(block, folder):
+    """The command line that fills the empty cells of a table. folder: of the results."""
+    settings = dict(block.group)
+    data, _ = settings.pop("data", None), settings.pop("fingerprint", None)
+    seeds = sorted({result.seed for results in block.found.values() for result in results})
+    pretrained = {"resnet18", "efficientnet_b0"} & {row for row, _ in block.found}
+    words = ["bash", "run_all.sh", "--only", block.name]
+    words += ["--data", data] if data else []
+    words += ["--out", str(folder)] if str(folder) != "results" else []
+    words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
+    words += ["--from-scratch"] if data and TABLES[block.name].rows == "network" and not pretrained else []
+    words += ["--"] if settings else []
+    for key, value in settings.items():
+        words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [text_of(value)])
+    return shlex.join(words)
 
 
 def escaped(text):
     """Text for LaTeX, with a real minus in front of a number."""
-    special = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "±": r"$\pm$",
-    }
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {"±": r"$\pm$", "≈": r"$\approx$", "<": "$<$", ">": "$>$"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    special |= {character: f"${character}$" for character in "<>"} | {"≈": r"$\approx$"}
     text, minus = re.subn(r"^-(?=\d)", "", text)
     return "$-$" * minus + "".join(special.get(character, character) for character in text)
 
 
-# How cells, titles and notes look; how tabulate calls it; how a text is escaped
-STYLES = {
-    "github": {"best": "**{}**", "tied": "{} ≈", "mark": "bold", "group": "## {}", "title": "### {}", "note": "{}",
-               "format": "github", "escape": str},
-    "plain": {"best": "{} *", "tied": "{} ≈", "mark": "*", "group": "=== {} ===", "title": "{}", "note": "{}",
-              "format": "simple", "escape": str},
-    "latex": {"best": r"\textbf{{{}}}", "tied": r"{} $\approx$", "mark": "bold", "group": "% {}", "title": None,
-              "note": "% {}", "escape": escaped},
-}  # fmt: skip
+STYLES = {  # what tabulate calls it, the best number, title of a group of tables, title of a table, note
+    "github": ("github", "**{}**", "## {}", "### {}", "{}"),
+    "plain": ("simple", "{} *", "=== {} ===", "{}", "{}"),
+    "latex": (None, r"\textbf{{{}}}", "% {}", None, "% {}"),
+}
 
 
-def print_tables(blocks, style, with_published, folder):
-    """Every table of every group, the group of the slides first."""
-    if style["title"] is None:
+def print_tables(blocks, form, folder, with_published):
+    """Every table. folder: of the results."""
+    style, _, heading, title, note = STYLES[form]
+    if form == "latex":
         print("% in the preamble: \\usepackage{booktabs,graphicx}\n")
-    for group, members in by_group(blocks).items():
-        print(style["group"].format(describe(group, results_of(members.values()))) + "\n")
-        if group and with_published:
-            print(
-                style["note"].format(
-                    "Not CINIC-10 with the study's settings: the published numbers are not comparable."
-                )
-                + "\n"
-            )
-        for name, found in members.items():
-            cells = tabulated(name, group, found, with_published)
-            filled = [cell for row in cells.values() for cell in row.values() if cell]
-            usual = collections.Counter(len(cell.values) for cell in filled).most_common(1)[0][0]
-            lines = written(name, cells, usual, style)
-            note = explanation(name, filled, usual, style)
-            if style["title"]:
-                print(style["title"].format(TABLES[name].title) + "\n")
-                aligned = ["left"] + ["right"] * (len(lines[0]) - 1)
-                print(
-                    tabulate.tabulate(
-                        lines, "firstrow", style["format"], disable_numparse=True, colalign=aligned
-                    )
-                )
-                print("\n" + style["note"].format(note) + "\n")
-            else:
-                results = results_of([found])
-                settings = [(key, value) for key, value in group if key not in ("epochs", "episodes")]
-                about = f"{TABLES[name].title}: {describe(settings, results)}, {lengths(results)}, test split. {note}"
-                print(latex_table(lines, escaped(about), slug(f"tab:{name}", group)))
-            if any((row, column) not in found for row in cells for column in cells[row]):
-                print(style["note"].format(f"Missing: `{command(name, group, found, cells, folder)}`") + "\n")
+    group = None
+    for block in blocks:
+        if block.group != group:
+            group = block.group
+            print(heading.format(describe(block)) + "\n")
+            if group and with_published:
+                text = "Not CINIC-10 with the study's settings: the published numbers are not comparable."
+                print(note.format(text) + "\n")
+        seeds = collections.Counter(cell.seeds for cell in block.cells if cell.seeds)
+        usual = seeds.most_common(1)[0][0]  # number of seeds of a cell that does not say it
+        lines, text = written(block, usual, form), explanation(block, usual, form)
+        name = TABLES[block.name].title
+        if form == "latex":
+            text = escaped(f"{name}: {caption(block)}, test split. {text}")
+            print(latex_table(lines, text, slug(f"tab:{block.name}", group)))
+        else:
+            aligned = ["left"] + ["right"] * (len(lines[0]) - 1)
+            table = tabulate.tabulate(lines, "firstrow", style, disable_numparse=True, colalign=aligned)
+            print(f"{title.format(name)}\n\n{table}\n\n{text}\n")
+        if any((cell.row, cell.column) not in block.found for cell in block.cells):
+            print(note.format(f"Missing: `{command(block, folder)}`") + "\n")
 
 
-def written(name, cells, usual, style):
-    """The printed lines of a table, its head first: ours and, where there are any, the slides' and the difference.
-
-    usual: how many seeds a cell has unless it says another number.
-    """
-    escape, rows = style["escape"], TABLES[name].rows
+def written(block, usual, form):
+    """The printed lines of a table, its head first: ours and, where there are any, the slides' and the difference."""
+    rows, best, escape = TABLES[block.name].rows, STYLES[form][1], escaped if form == "latex" else str
     corner = "" if rows in ("network", "run", "part") else rows.replace("_", " ")
-    lines = [[corner, *map(escape, next(iter(cells.values())))]]
-    for row, columns in cells.items():
-        ours, slides, difference = [escape(row)], [escape("slides")], [escape("difference")]
-        for column, cell in columns.items():
-            text = escape(number(column, cell, usual))
-            ours.append(
-                style["best" if cell.best else "tied"].format(text)
-                if cell and (cell.best or cell.tied)
-                else text
-            )
-            there = cell and cell.published
-            slides.append(escape(mean_and_std(*there)) if there else "")
-            difference.append(escape(f"{cell.mean - there[0]:+.4f}") if there else "")
+    lines = [[corner, *map(escape, dict.fromkeys(cell.column for cell in block.cells))]]
+    accuracy = {cell.row: cell.mean for cell in block.cells if cell.column == "accuracy" and cell.seeds}
+    bases = {cells[0][0]: base for _, cells, base in LAYOUT[block.name] if base in accuracy}
+    for row, cells in itertools.groupby(block.cells, key=lambda cell: cell.row):
+        ours, slides, difference = [escape(row)], ["slides"], ["difference"]
+        for cell in cells:
+            text = escape(our_number(cell, usual))
+            ours.append(best.format(text) if cell.best else text)
+            slides.append(escape(mean_and_std(cell.slides_mean, cell.slides_std)))
+            difference.append(escape(signed(cell.difference)))
+        if rows == "run":
+            gain = accuracy[row] - accuracy[bases[row]] if row in accuracy and row in bases else None
+            ours.append(escape(signed(gain)))
         lines += [ours, slides, difference] if any(slides[1:]) else [ours]
-    if TABLES[name].rows == "run":
-        gains = {escape(row): escape(gain) for row, gain in gains_of(name, cells).items()}
-        lines = [[*lines[0], "gain"], *([*line, gains.get(line[0], "")] for line in lines[1:])]
+    lines[0] += ["gain"] if rows == "run" else []
     return lines
 
 
-def number(column, cell, usual):
-    if cell is None:
-        return "-"
-    if column in COSTS:
-        return f"{cell.mean:,.0f}" if column == "parameters" else f"{cell.mean:.1f}"
-    return mean_and_std(cell.mean, cell.std) + (
-        f" (n = {len(cell.values)})" if len(cell.values) != usual else ""
-    )
+def our_number(cell, usual):
+    if cell.seeds and cell.column in COSTS:
+        return COSTS[cell.column].format(cell.mean)
+    text = mean_and_std(cell.mean, cell.std) or "-"
+    text += f" (n = {cell.seeds})" if cell.seeds not in (0, usual) else ""
+    return f"{text} ≈" if cell.tied else text
+
+
+def explanation(block, usual, form):
+    """What the numbers and marks of a table mean."""
+    text = f"Mean ± standard deviation over n = {usual} seeds"
+    if usual == 1:
+        text = "One seed (n = 1) unless a cell says otherwise"
+    marked = [cell for cell in block.cells if cell.best or cell.tied]
+    if marked:
+        line = "row" if isinstance(TABLES[block.name].columns, str) else "column"
+        text += f"; {'*' if form == 'plain' else 'bold'}: best of its {line}"
+    if any(cell.tied for cell in marked):
+        seeds = sorted({cell.seeds for cell in marked})
+        seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+        text += f"; ≈: not told apart from the best (Welch, p > 0.05, n = {seeds})"
+    return text + "."
 
 
 def mean_and_std(mean, std):
-    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+    text = "" if mean is None else f"{mean:.4f}"
+    return text if std is None else f"{text} ± {std:.4f}"
 
 
-def gains_of(name, cells):
-    """{row: what it adds to the accuracy of the run above it in the study, of the same network, as text}."""
-    gains = {}
-    for (above, first), (row, line) in itertools.pairwise(lines_of(name)):
-        pair = [cells.get(label, {}).get("accuracy") for label in (above, row)]
-        if first.settings.get("arch") == line.settings.get("arch") and all(pair) and ": " not in row:
-            gains[row] = f"{pair[1].mean - pair[0].mean:+.4f}"
-    return gains
-
-
-def explanation(name, filled, usual, style):
-    """What the numbers and marks of a table mean."""
-    text = (
-        f"Mean ± standard deviation over n = {usual} seeds"
-        if usual > 1
-        else "One seed (n = 1) unless a cell says otherwise"
-    )
-    if any(cell.best for cell in filled):
-        text += f"; {style['mark']}: best of its {'row' if isinstance(TABLES[name].columns, str | dict) else 'column'}"
-    if any(cell.tied for cell in filled):
-        sizes = sorted({len(cell.values) for cell in filled if cell.tied or cell.best})
-        sizes = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else sizes[0]
-        text += f"; ≈: not told apart from the best (Welch, p > 0.05, n = {sizes})"
-    return text + "."
+def signed(number):
+    return "" if number is None else f"{number:+.4f}"
 
 
 def latex_table(lines, caption, label):
@@ -743,85 +616,57 @@ def latex_table(lines, caption, label):
     ])  # fmt: skip
 
 
-def slug(name, group):
-    """A name for a file or label that says in what a group differs."""
-    return name + re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{text_of(value)}" for key, value in group))
-
-
-def by_group(blocks):
-    """{group: {name of a table: its cells}}, the group of the slides first; without what is only a figure."""
-    groups, order = {}, list(TABLES)
-    for name, group in sorted(blocks, key=lambda key: (len(key[1]), str(key[1]), order.index(key[0]))):
-        if TABLES[name].title:
-            groups.setdefault(group, {})[name] = blocks[name, group]
-    return groups
-
-
-def flat(blocks, with_published):
-    """A dictionary for every cell of every table, for csv and json."""
-    cells = []
-    for group, members in by_group(blocks).items():
-        words = describe(group, results_of(members.values()))
-        for name, found in members.items():
-            for row, columns in tabulated(name, group, found, with_published).items():
-                for column, cell in columns.items():
-                    mean, std = (cell.published if cell else None) or (None, None)
-                    cells.append({
-                        "group": words, "table": TABLES[name].title, "row": row, "column": column,
-                        "mean": cell and cell.mean, "std": cell and cell.std, "seeds": len(cell.values) if cell else 0,
-                        "slides_mean": mean, "slides_std": std, "difference": None if mean is None else cell.mean - mean,
-                        "best": bool(cell and cell.best), "tied": bool(cell and cell.tied),
-                    })  # fmt: skip
-    return cells
-
-
 # Figures
 
 # Okabe and Ito's colours, which colour-blind readers tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
-def spread(values):
-    """Mean and standard deviation over seeds, the first axis; 0 for a single one."""
-    values = np.array(values, dtype=float)
-    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1:])
-
-
-def curve(axes, seeds, part, metric, label):
+def curve(axes, results, part, metric, label, colour):
     """Mean over seeds of a metric at each epoch, in a band of one standard deviation."""
-    mean, std = spread(
-        [[entry[part][metric] for entry in v.result.content["history"]] for v in seeds.values()]
-    )
+    values = np.array([[entry[part][metric] for entry in r.content["history"]] for r in results])
+    mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
     epochs = np.arange(1, len(mean) + 1)
-    (line,) = axes.plot(epochs, mean, label=label, marker="o" if len(epochs) < 6 else None)
-    axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2, linewidth=0)
-    longest = max(len(epochs), *(len(drawn.get_xdata()) for drawn in axes.lines))
+    axes.plot(epochs, mean, label=label, color=colour, marker="o" if len(epochs) < 6 else None)
+    axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
+    longest = max(len(drawn.get_xdata()) for drawn in axes.lines)
     step = -(-longest // 10)
     axes.set(xlabel="epoch", xlim=(0.5, longest + 0.5), xticks=range(max(1, step), longest + 1, step))
     axes.set_ylabel(f"{'validation' if part == 'valid' else part} {metric}")
 
 
-def legend(figure, axes, title=None):
+def legend(figure, title=None):
     """One legend for all panels, below them."""
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(map(len, labels))
+    handles = {}
+    for axes in figure.axes:
+        handles |= {handle.get_label(): handle for handle in axes.get_legend_handles_labels()[0]}
+    longest = max(map(len, handles))
     columns = 5 if longest < 12 else 3 if longest < 30 else 1
-    figure.legend(handles, labels, title=title, loc="outside lower center", ncols=columns, frameon=False)
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), title=title, **place)
 
 
-def draw_overfitting(figure, name, found):
-    seeds = found["custom", "accuracy"]
+def panels(figure, titles):
+    """{title: axes}, two beside each other."""
+    grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=True)
+    for axes, title in itertools.zip_longest(grid.flat, titles):
+        axes.set_title(title, fontsize=11)
+        axes.set_visible(title is not None)
+    return dict(zip(titles, grid.flat, strict=False))
+
+
+def draw_overfitting(figure, block):
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for part, label in (("train", "train"), ("valid", "validation")):
-            curve(axes, seeds, part, metric, label)
+        for part, label, colour in (("train", "train", COLOURS[0]), ("valid", "validation", COLOURS[1])):
+            curve(axes, block.found["custom", "accuracy"], part, metric, label, colour)
         axes.set_ylabel(metric)
-    legend(figure, axes)
+    legend(figure)
 
 
-def draw_confusion(figure, name, found):
-    results = [value.result.content for value in found["custom", "accuracy"].values()]
-    names = results[0]["data"]["classes"]
-    counts = sum(np.array(content["confusion"]) for content in results)
+def draw_confusion(figure, block):
+    results = block.found["custom", "accuracy"]
+    names = results[0].content["data"]["classes"]
+    counts = sum(np.array(result.content["confusion"]) for result in results)
     share = counts / counts.sum(1, keepdims=True).clip(1)
     axes = figure.subplots()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -835,86 +680,69 @@ def draw_confusion(figure, name, found):
     axes.grid(False)
 
 
-def panels(figure, rows):
-    """{row: axes}, two beside each other, each with its row as title."""
-    grid = figure.subplots(-(-len(rows) // 2), min(2, len(rows)), squeeze=False, sharey=True)
-    for axes, row in itertools.zip_longest(grid.flat, rows):
-        axes.set_title(row, fontsize=11)
-        axes.set_visible(row is not None)
-    return dict(zip(rows, grid.flat, strict=False))
-
-
-def draw_curves(figure, name, found):
+def draw_curves(figure, block):
     """Validation accuracy by epoch. Where columns are settings: a panel for each row and a line for each column;
     else one panel with a line for each row."""
-    rows, columns = shown(name, (), found)
-    rows = [row for row in rows if any(row == other for other, _ in found)]
-    if isinstance(TABLES[name].columns, str):
-        for row, axes in panels(figure, rows).items():
-            for column in [column for column in columns if (row, column) in found]:
-                curve(axes, found[row, column], "valid", "accuracy", column)
-    else:
-        axes = figure.subplots()
-        for row in rows:
-            curve(axes, found[row, "accuracy"], "valid", "accuracy", row)
-    fullest = max(figure.axes, key=lambda axes: len(axes.lines))
-    legend(figure, fullest, name.replace("-", " "))
+    lines = {}
+    for place in [(cell.row, cell.column) for cell in block.cells if cell.seeds]:
+        by_setting = isinstance(TABLES[block.name].columns, str)
+        lines[place if by_setting else ("", place[0])] = block.found[place]
+    axes_of = panels(figure, dict.fromkeys(title for title, _ in lines))
+    labels = list(dict.fromkeys(label for _, label in lines))
+    for (title, label), results in lines.items():
+        colour = COLOURS[labels.index(label) % len(COLOURS)]
+        curve(axes_of[title], results, "valid", "accuracy", label, colour)
+    legend(figure, block.name.replace("-", " "))
 
 
-def draw_augmentation(figure, name, found):
+def draw_augmentation(figure, block):
     """Test accuracy by augmentation, a panel for each network, with the baseline as a line."""
-    rows, columns = shown(name, (), found)
-    rows = [row for row in rows if any(row == other for other, _ in found)]
-    columns = [column for column in columns if column != "none"]
-    for row, axes in panels(figure, rows).items():
-        if (row, "none") in found:
-            mean, std = spread([value.number() for value in found[row, "none"].values()])
+    cells = [cell for cell in block.cells if cell.seeds]
+    columns = [column for column in dict.fromkeys(cell.column for cell in block.cells) if column != "none"]
+    axes_of = panels(figure, dict.fromkeys(cell.row for cell in cells))
+    for cell in cells:
+        axes, mean, std = axes_of[cell.row], cell.mean, cell.std or 0
+        if cell.column == "none":
             axes.axhline(mean, color="0.4", linestyle="--", label="no augmentation")
             axes.axhspan(mean - std, mean + std, color="0.4", alpha=0.15, linewidth=0)
-        for place, column in enumerate(columns):
-            if (row, column) in found:
-                mean, std = spread([value.number() for value in found[row, column].values()])
-                axes.errorbar(
-                    place, mean, std, marker="o", capsize=4, color=COLOURS[0], label="with augmentation"
-                )
+        else:
+            style = {"marker": "o", "capsize": 4, "color": COLOURS[0], "label": "with augmentation"}
+            axes.errorbar(columns.index(cell.column), mean, std, **style)
+    for axes in axes_of.values():
         axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
         axes.set(xlim=(-0.5, len(columns) - 0.5))
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel("test accuracy")
-    handles, labels = next(iter(panel for panel in figure.axes)).get_legend_handles_labels()
-    once = dict(zip(labels, handles, strict=True))
-    figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=2, frameon=False)
+    legend(figure)
 
 
-def draw_methods(figure, name, found):
+def draw_methods(figure, block):
     """Test accuracy over the share of the training images, a line for each method."""
     axes = figure.subplots()
-    rows, columns = shown(name, (), found)
-    for column, colour in zip(columns, itertools.cycle(COLOURS)):
-        points = [
-            (float(row), [v.number() for v in found[row, column].values()])
-            for row in rows
-            if (row, column) in found
-        ]
-        means, stds = zip(*(spread(values) for _, values in points), strict=True)
-        axes.errorbar([p for p, _ in points], means, stds, marker="o", capsize=3, color=colour, label=column)
+    for method in dict.fromkeys(cell.column for cell in block.cells):
+        cells = [cell for cell in block.cells if cell.column == method and cell.seeds]
+        shares, means, stds = zip(
+            *((float(cell.row), cell.mean, cell.std or 0) for cell in cells), strict=True
+        )
+        axes.errorbar(shares, means, stds, marker="o", capsize=3, label=method)
     axes.set(xscale="log", xlabel="share of the training images", ylabel="test accuracy")
-    axes.set_xticks([float(row) for row in rows], [f"{100 * float(row):g} %" for row in rows])
+    shares = sorted({float(cell.row) for cell in block.cells})
+    axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
     axes.minorticks_off()
-    legend(figure, axes)
+    legend(figure)
 
 
-def draw_gate(figure, name, found):
-    results = [value.result.content for value in found["mixture", "accuracy"].values()]
-    weights = np.mean([content["gate"] for content in results], axis=0)  # (classes, experts)
-    names, axes = results[0]["data"]["classes"], figure.subplots()
+def draw_gate(figure, block):
+    results = block.found["mixture", "accuracy"]
+    weights = np.mean([result.content["gate"] for result in results], axis=0)  # (classes, experts)
+    names, axes = results[0].content["data"]["classes"], figure.subplots()
     left = np.zeros(len(names))
-    for expert, colour, share in zip(("base", "vehicles", "animals"), COLOURS, weights.T, strict=False):
-        axes.barh(names, share, left=left, color=colour, label=f"{expert} expert")
+    for expert, share in zip(("base", "vehicles", "animals"), weights.T, strict=True):
+        axes.barh(names, share, left=left, label=f"{expert} expert")
         left += share
     axes.invert_yaxis()
     axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
-    legend(figure, axes)
+    legend(figure)
 
 
 FIGURES = {  # of a table: name of the files, function, size in inches, title, what is drawn
@@ -934,8 +762,8 @@ FIGURES = {  # of a table: name of the files, function, size in inches, title, w
 
 
 def draw_figures(blocks, folder):
-    """Save every figure that there are results for, as PNG and SVG. With several data sets, a figure's name says which
-    (without one: CINIC-10); so does it say what else tells two figures of a table apart."""
+    """Save every figure that there are results for, as PNG and SVG. Where a table has several, their names say in
+    what each differs from the study."""
     try:
         from matplotlib import cycler, rc_context
         from matplotlib.figure import Figure
@@ -943,70 +771,55 @@ def draw_figures(blocks, folder):
         raise SystemExit("figures need matplotlib: pip install matplotlib") from None
     style = {"axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 11,
              "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "figure"}  # fmt: skip
-    data_sets = {(r.settings["data"], r.settings.get("fingerprint")) for r in results_of(blocks.values())}
     folder.mkdir(parents=True, exist_ok=True)
-    for (name, group), found in blocks.items():
-        file, draw, size, title, what = FIGURES.get(name, (None,) * 5)
-        if draw is None or (
-            draw in (draw_confusion, draw_overfitting) and ("custom", "accuracy") not in found
-        ):
+    for block in blocks:
+        only_custom = block.name in ("overfitting", "initial")
+        if block.name not in FIGURES or (only_custom and ("custom", "accuracy") not in block.found):
             continue
-        groups = [set(other) for table, other in blocks if table == name]
-        data = {"data", "fingerprint"} if len(data_sets) > 1 else set()
-        told = [entry for entry in group if entry[0] in data or not all(entry in other for other in groups)]
-        results = results_of([found])
-        seeds = sorted({len(values) for values in found.values()})
-        settings = [(key, value) for key, value in group if key not in ("epochs", "episodes")]
-        about = f"{describe(settings, results)}, {lengths(results)}; {what}, n = {'–'.join(map(str, {seeds[0], seeds[-1]}))}"
+        file, draw, size, title, what = FIGURES[block.name]
+        alone = sum(other.name == block.name for other in blocks) == 1
+        path = folder / f"{slug(file, {} if alone else block.group)}.png"
+        seeds = sorted({len(results) for results in block.found.values()})
+        seeds = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else seeds[0]
         with rc_context(style):
             figure = Figure(figsize=size, layout="constrained")
-            draw(figure, name, found)
-            figure.suptitle(f"{title}\n{about}", fontsize=11)
-            path = folder / f"{slug(file, told)}.png"
+            draw(figure, block)
+            figure.suptitle(f"{title}\n{caption(block)}; {what}, n = {seeds}", fontsize=11)
             figure.savefig(path, dpi=130)
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         print(path, file=sys.stderr)
 
 
 def print_results(blocks, args):
-    if args.format in STYLES:
-        print_tables(blocks, STYLES[args.format], not args.no_published, args.results)
-        return
-    cells = flat(blocks, not args.no_published)
+    cells = [cell for block in blocks for cell in block.cells]
     if args.format == "json":
-        print(json.dumps(cells, indent=1))
-    elif cells:
-        writer = csv.DictWriter(sys.stdout, cells[0])
-        writer.writeheader()
-        writer.writerows(cells)
+        print(json.dumps([cell._asdict() for cell in cells], indent=1))
+    elif args.format == "csv":
+        csv.writer(sys.stdout).writerows([Cell._fields, *cells])
+    else:
+        print_tables(blocks, args.format, args.results, not args.no_published)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "results", nargs="?", type=Path, default=Path("results"), help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--format", default="github", choices=(*STYLES, "csv", "json"), help="(default: %(default)s)"
-    )
-    parser.add_argument(
-        "--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and SVG"
-    )
-    parser.add_argument("--no-published", action="store_true", help="leave the slides' numbers out")
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("results", nargs="?", type=Path, default=Path("results"), help=default)
+    add("--format", default="github", choices=(*STYLES, "csv", "json"), help=default)
+    add("--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and SVG")
+    add("--no-published", action="store_true", help="leave the slides' numbers out")
     args = parser.parse_args()
     results = read(args.results)
     if not results:
         what = "no results in" if args.results.is_dir() else "there is no folder"
         raise SystemExit(f"{what} {args.results}: run train.py or run_all.sh first")
-    blocks, unused = arrange(results)
+    blocks, unused = arrange(results, {} if args.no_published else PUBLISHED)
     try:
-        print_results(blocks, args)
+        print_results([block for block in blocks if TABLES[block.name].title], args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for folder in sorted({r.path.parent for r in unused}):
+    for folder in sorted({result.path.parent for result in unused}):
         print(f"in no table: {folder}", file=sys.stderr)
     if args.figures:
         try:
