@@ -337,8 +337,8 @@ def understand(path):
 
 
 # What stands in one table. group: {setting: value} in which all its results differ from the lines of the study; found:
-# {(row, column): results}; cells: a Cell for each row and column, row by row
-Block = collections.namedtuple("Block", "name group found cells")
+# {(row, column): results}; notes: settings of single cells; cells: a Cell for each row and column, row by row
+Block = collections.namedtuple("Block", "name group found notes cells")
 
 
 def arrange(results, published):
@@ -355,7 +355,7 @@ def arrange(results, published):
         used.add(result.path)
         start = START[differs.pop("pretrained")] if "pretrained" in differs else ""
         label = ""
-        if TABLES[name].columns == "method":  # of two scripts: what only one of them has stands in the column
+        if name == "fewshot" or TABLES[name].columns == "method":  # episodes or epochs: no table of their own
             label = in_words({key: differs.pop(key) for key in list(differs) if key in own})
         group = tuple(sorted(differs.items()))
         for row, column in cells:
@@ -366,10 +366,24 @@ def arrange(results, published):
         if any(paths <= others for others in shown):
             del tables[name, group]
         shown.append(paths)
-    blocks = [Block(name, dict(group), found, []) for (name, group), found in tables.items()]
+    blocks = [Block(name, dict(group), found, unite(found), []) for (name, group), found in tables.items()]
     blocks = [block._replace(cells=cells_of(block, published)) for block in blocks]
     blocks.sort(key=lambda block: (len(block.group), str(block.group)))
     return blocks, [result for result in results if result.path not in used]
+
+
+def unite(found):
+    """Rename each column `method (settings)` to `method` in the rows that have no other run of the method. Returns what
+    a reader should know of them, a list of words."""
+    rows = {}
+    for row, column in sorted(found):
+        method, _, settings = column.partition(" (")
+        alike = [other for other in found if other[0] == row and other[1].split(" (")[0] == method]
+        if settings and alike == [(row, column)]:
+            found[row, method] = found.pop((row, column))
+            script = found[row, method][0].script
+            rows.setdefault((script, settings[:-1]), []).append(row)
+    return [f"{script}.py at {', '.join(dict.fromkeys(at))}: {words}" for (script, words), at in rows.items()]
 
 
 def nearest(name, result):
@@ -400,7 +414,8 @@ def cells_of(block, published):
     for place, seeds in values.items():
         mean = float(np.mean(seeds)) if seeds else None
         std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 and place[1] not in COSTS else None
-        slides = published.get((block.name, *place)) if seeds and not block.group else None
+        comparable = seeds and not block.group and not block.notes
+        slides = published.get((block.name, *place)) if comparable else None
         difference = mean - slides[0] if slides else None
         rivals = [others for other, others in values.items() if others and other[axis] == place[axis]]
         best = tied = False
@@ -593,7 +608,7 @@ def explanation(block, usual, form):
         seeds = sorted({cell.seeds for cell in marked})
         seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
         text += f"; ≈: not told apart from the best (Welch, p > 0.05, n = {seeds})"
-    return text + "."
+    return "; ".join([text, *block.notes]) + "."
 
 
 def mean_and_std(mean, std):

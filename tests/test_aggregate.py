@@ -173,9 +173,13 @@ def test_the_few_shot_comparison_has_all_methods_by_fraction(study, tmp_path, ru
     assert list(rows["0.01"]) == METHODS and all("±" in cell for cell in rows["0.01"].values())
     for extra in ("fewshot.py --episodes 5", "train.py --aug flip+autoaugment --batch-size 16 --epochs 1"):
         fake(tmp_path, f"python {extra} --fraction 0.01 --seed 1 2 3")
+    shown = run("aggregate.py", tmp_path).stdout
+    rows = table(shown, "Few-shot learning and regular training")
+    assert list(rows["0.01"]) == METHODS[:4] and "slides" not in shown
+    assert "fewshot.py at 0.01: 5 episodes; train.py at 0.01: 1 epoch." in shown
+    fake(tmp_path, "python fewshot.py --fraction 0.01 --seed 1")  # different settings never share a cell
     rows = table(run("aggregate.py", tmp_path).stdout, "Few-shot learning and regular training")
-    assert list(rows["0.01"]) == ["few-shot (5 episodes)", "1 prototype (5 episodes)", "nearest image (5 episodes)",
-                                  "regular training (1 epoch)"]  # fmt: skip
+    assert rows["0.01"]["few-shot"].endswith("(n = 1)") and "(" not in rows["0.01"]["few-shot (5 episodes)"]
 
 
 def test_the_mixture_table_says_what_each_row_costs(study, run):
