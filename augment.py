@@ -9,15 +9,15 @@ torchvision): copy this file into your own project.
 
     python augment.py --data synthetic --out figures/augmentation.png  # pictures of what each one does
 
-The last line needs the whole project and matplotlib. It draws the slides' three augmentations, and on a
+The last line needs the whole project and matplotlib. It draws the slides' three augmentations and, on a
 second sheet, <out>-all.png (figures/augmentation-all.png), every augmentation.
 
 Each augmentation has two halves: a pure function of images and per-image parameters (`rotate`), and a
 wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H
-and W, contiguous or channels_last, and come out as new ones of the same layout; others raise TypeError.
-Parameters are best on the CPU, and so is the generator that draws them: results are then the same on every
-device, up to rounding, and no device synchronization is needed. Parameters on another device work, but are
-copied to the CPU where float64 (MPS has none) or sorting is needed: affine maps, jitter, autoaugment.
+and W, contiguous or channels_last; results are new tensors of the same layout. Others raise TypeError.
+Keep parameters and their generator on the CPU: results are then the same on every device, up to rounding,
+and no device synchronization is needed. Parameters on another device work, but are copied to the CPU where
+float64 (MPS has none) or sorting is needed: affine maps, jitter, autoaugment.
 """
 
 import functools
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-CPU_BLOCK, GPU_BLOCK = 128, 8192  # images computed in floats at a time, to fit into a cache
+CPU_BLOCK, GPU_BLOCK = 128, 8192  # images converted to float at a time, to fit a cache
 
 
 # Geometry
@@ -60,8 +60,8 @@ def translate(images, x, y):
 
 
 def _matrices(images, degrees, shear_x, shear_y, x, y):
-    """Affine maps from a pixel to the place it is taken from, in grid_sample's units: float32 (..., 6), from
-    float64 on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
+    """Affine maps from a pixel to its source, in grid_sample's units: float32 (..., 6), computed in float64
+    on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
     _check(images)
     height, width = images.shape[2:]
     degrees, shear_x, shear_y, x, y = (p.cpu().double() for p in (degrees, shear_x, shear_y, x, y))
@@ -73,9 +73,9 @@ def _matrices(images, degrees, shear_x, shear_y, x, y):
 
 
 def _affine(images, matrices):
-    """Take each pixel from where matrices, float (N, 6), say; nearest pixel, black outside.
+    """Sample each pixel at the source that matrices, float (N, 6), give; nearest pixel, black outside.
 
-    The arithmetic is torchvision's, down to its order: it decides half of all ties in rounding.
+    The arithmetic follows torchvision's order of operations, which decides half of all rounding ties.
     """
     height, width = images.shape[2:]
     base = torch.ones(3, height, width, device=images.device)
@@ -92,8 +92,8 @@ def _affine(images, matrices):
 
 
 def crop(images, top, left, height, width):
-    """Cut a box out of each image and stretch it to the size of the image; bilinear. top..width: float (N,),
-    whole pixels."""
+    """Crop a box from each image and resize it to the image size; bilinear. top..width: float (N,), whole
+    pixels."""
     _check(images)
     boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
     top, left, height, width = boxes
@@ -109,8 +109,8 @@ def crop(images, top, left, height, width):
 
 
 def _stretch(start, length, size):
-    """Where each pixel of an axis of `size` comes from when [start, start + length) is stretched over it:
-    float (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range counts."""
+    """The source of each pixel when [start, start + length) is stretched over an axis of `size`: float
+    (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range contributes."""
     places = torch.arange(size, device=start.device) + 0.5
     start, length = start[:, None], length[:, None]
     source = (places * (length / size)).clamp(min=0.5).minimum(length - 0.5) + start
@@ -118,8 +118,8 @@ def _stretch(start, length, size):
 
 
 def erase(images, top, left, height, width, fill):
-    """Fill one rectangle of each image. top..width: float (N,), whole pixels; height = 0 leaves an image as
-    it is; fill: uint8 (3,)."""
+    """Fill one rectangle of each image. top..width: float (N,), whole pixels; height = 0 leaves an image
+    unchanged; fill: uint8 (3,)."""
     _check(images)
     boxes = _upload(torch.stack([top, left, height, width]).float(), images.device)
     top, left, height, width = boxes[:, :, None]  # each (N, 1)
@@ -132,8 +132,8 @@ def erase(images, top, left, height, width, fill):
 
 
 def _change(images, difference, chosen):
-    """images ^ difference where chosen, bool, is true; overwrites difference. Bit by bit, since a `where` on
-    bytes takes a CPU several times as long."""
+    """images ^ difference where chosen, bool, is true; overwrites difference. Bitwise, since `where` on bytes
+    takes a CPU several times as long."""
     mask = chosen.to(torch.uint8).neg_()  # minus 1 is 255: every bit
     return difference.bitwise_and_(mask).bitwise_xor_(images)
 
@@ -161,7 +161,7 @@ def saturation(images, factor):
 
 def sharpness(images, factor):
     """Scale the difference from the image smoothed by a 3x3 kernel by factor, float (N,): 0 is smooth. The
-    border stays as it is."""
+    border is unchanged."""
     _check(images)
     if min(images.shape[2:]) <= 2:
         return images.clone()
@@ -179,19 +179,19 @@ def _blend(images, other, factor):
 
 
 def _grey(images):
-    """Luma in whole steps, float (N, 1, H, W)."""
+    """Luma, rounded down, float (N, 1, H, W)."""
     red, green, blue = images.unbind(1)
     return (red * 0.2989).add_(green * 0.587).add_(blue * 0.114).floor_()[:, None]
 
 
 def hue(images, shift):
-    """Turn the hue by shift, float (N,), in turns of the colour circle, in HSV (Smith, 1978)."""
+    """Shift the hue by shift, float (N,), in turns of the colour circle, in HSV (Smith, 1978)."""
     _check(images)
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks by arithmetic, since a comparison or a `where`
-    # takes a CPU several times as long: values are whole, and the largest channel is less than 1 below value.
+    # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks use arithmetic, since comparisons and `where`
+    # take a CPU several times as long: values are integers, so only the largest is less than 1 below value.
     not_red = (value - red).clamp_(max=1)
     is_green = (1 - (value - green).clamp_(max=1)).mul_(not_red)
     is_blue = not_red - is_green
@@ -209,25 +209,25 @@ def hue(images, shift):
 
 
 def jitter(images, order, factors):
-    """Brightness, contrast, saturation and hue of each image by factors, float (N, 4), in the order of its
-    own permutation of these four, int64 (N, 4)."""
+    """Change brightness, contrast, saturation and hue of each image by factors, float (N, 4), in that image's
+    own order, a permutation of these four, int64 (N, 4)."""
     _check(images)
     order, factors = order.cpu(), factors.cpu().float()
     return _in_rounds(images, order, factors.gather(1, order), (brightness, contrast, saturation, hue))
 
 
-# The operations of AutoAugment that are not above
+# The remaining operations of AutoAugment
 
 
 def posterize(images, bits):
-    """Keep the upper bits (N,), in 0..8, of every value."""
+    """Keep only the upper bits, (N,) in 0..8, of every value."""
     _check(images)
     mask = 256 - 2 ** (8 - _per_image(bits.int(), images))
     return images & mask.to(torch.uint8)
 
 
 def solarize(images, threshold):
-    """Invert the values from threshold (N,) on."""
+    """Invert the values at or above threshold (N,)."""
     _check(images)
     bright = images >= _per_image(threshold, images)
     return images ^ bright.to(torch.uint8).neg_()
@@ -265,7 +265,7 @@ def equalize(images):
 
 # The operations of AutoAugment, Cubuk et al., 2019, arXiv:1805.09501, with torchvision's magnitudes. name:
 # (function of images i and parameters p (n, 6), the ten magnitudes for height and width, whether the sign is
-# random). The first five are affine, and one group: p is their matrices. Otherwise p[:, 0] is the magnitude.
+# random). The first five are affine and form one group: p holds matrices. Otherwise p[:, 0] is the magnitude.
 AFFINE = 5
 OPERATIONS = {
     "ShearX": (_affine, lambda h, w: torch.linspace(0, 0.3, 10), True),
@@ -286,25 +286,25 @@ OPERATIONS = {
 
 
 def autoaugment(images, operations, magnitudes):
-    """Two operations after each other. operations: int64 (N, 2), positions in OPERATIONS, -1 for none;
+    """Apply two operations in sequence. operations: int64 (N, 2), indices into OPERATIONS, -1 for none;
     magnitudes: float (N, 2), signed."""
     operations, magnitudes = operations.cpu(), magnitudes.cpu()
     shear_x, shear_y, x, y, degrees = (magnitudes * (operations == number) for number in range(AFFINE))
     parameters = _matrices(images, degrees, shear_x, shear_y, x.trunc(), y.trunc())  # (N, 2, 6)
     parameters[..., 0] = torch.where(operations < AFFINE, parameters[..., 0], magnitudes)
     functions = [_affine, *(function for function, *_ in list(OPERATIONS.values())[AFFINE:])]
-    groups = torch.where(operations < 0, -1, (operations - AFFINE + 1).clamp(min=0))  # positions in functions
+    groups = torch.where(operations < 0, -1, (operations - AFFINE + 1).clamp(min=0))  # indices into functions
     return _in_rounds(images, groups, parameters, functions)
 
 
 def _in_rounds(images, operations, parameters, functions):
-    """Pass each image through one of functions in each of R rounds. operations: int64 (N, R), positions in
-    functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. A round sorts
-    the images by operation: writing each group to its scattered rows takes a CPU ten times as long."""
+    """Pass each image through one of functions in each of R rounds. operations: int64 (N, R), indices into
+    functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. Each round
+    sorts the images by operation: writing each group to scattered rows takes a CPU ten times as long."""
     counts = [torch.bincount(column + 1, minlength=len(functions) + 1).tolist() for column in operations.T]
-    order = operations.argsort(0)  # (N, R), of a round: the images sorted by operation
-    place = order.argsort(0)  # (N, R), of a round: where each image is then
-    between = place[:, :-1].gather(0, order[:, 1:])  # from the order of a round to that of the next
+    order = operations.argsort(0)  # (N, R), per round: the images sorted by operation
+    place = order.argsort(0)  # (N, R), per round: each image's position in that order
+    between = place[:, :-1].gather(0, order[:, 1:])  # from each round's order to the next
     moves = _upload(torch.cat([order[:, :1], between, place[:, -1:]], 1), images.device)  # (N, R + 1)
     parameters = _upload(parameters[order, torch.arange(order.shape[1])], images.device)
     pixels = images.contiguous()
@@ -318,30 +318,30 @@ def _in_rounds(images, operations, parameters, functions):
 
 
 def _bytes(pixels):
-    """Floats in 0..255 truncated to uint8; through int16, since that takes a CPU two thirds of the time."""
+    """Floats in 0..255 truncated to uint8; via int16, which takes a CPU two thirds of the time."""
     return pixels.to(torch.int16).to(torch.uint8)
 
 
 def _check(images):
     if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-        raise TypeError(f"images must be uint8 (N, 3, H, W), these are {images.dtype} {tuple(images.shape)}")
+        raise TypeError(f"images must be uint8 (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
 
 
 def _upload(parameters, device):
-    """parameters on device, without a device synchronization: CUDA needs pinned memory for that."""
+    """parameters on device, without device synchronization: CUDA needs pinned memory for that."""
     if device.type == "cuda" and parameters.device.type == "cpu":
         return parameters.contiguous().pin_memory().to(device, non_blocking=True)
     return parameters.to(device)
 
 
 def _per_image(parameter, images):
-    """A parameter (N,) on the device of images, as (N, 1, 1, 1)."""
+    """A parameter (N,), moved to the images' device as (N, 1, 1, 1)."""
     return _upload(parameter, images.device).view(-1, 1, 1, 1)
 
 
 def _in_blocks(function, images, *parameters, out=None):
-    """function(images, *parameters), uint8 or whole int16 in 0..255, for some images at a time: floats take
-    four times the memory, and a CPU's cache is small. Returns out, which may be images, or a new tensor."""
+    """function(images, *parameters), uint8 or int16 in 0..255, in blocks of images: floats take four times
+    the memory, and a CPU's cache is small. Returns out, which may be images, or a new tensor."""
     out = torch.empty_like(images) if out is None else out
     size = CPU_BLOCK if images.device.type == "cpu" else GPU_BLOCK
     for start in range(0, len(images), size):
@@ -350,7 +350,7 @@ def _in_blocks(function, images, *parameters, out=None):
     return out
 
 
-# Draws
+# Random parameters
 
 
 def _uniform(generator, low, high, *shape):
@@ -358,7 +358,7 @@ def _uniform(generator, low, high, *shape):
 
 
 def _randint(generator, high):
-    """Whole numbers in [0, high), each with a bound of its own. high: float (N,)."""
+    """Random integers in [0, high), as floats, each with its own bound. high: float (N,)."""
     return (_uniform(generator, 0, 1, len(high)) * high).floor().minimum(high - 1)
 
 
@@ -373,15 +373,15 @@ def random_rotation(images, generator, degrees=15):
 
 
 def random_translation(images, generator, most=4):
-    """torchvision's RandomCrop(size, padding=most), where size is that of the images: moved by up to `most`
-    whole pixels in each direction, black outside."""
+    """torchvision's RandomCrop(size, padding=most), where size is the image size: moved by up to `most` whole
+    pixels in each direction, black outside."""
     x, y = _uniform(generator, 0, 2 * most + 1, 2, len(images)).floor() - most
     return translate(images, x, y)
 
 
 def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3), tries=10):
     """Boxes of RandomResizedCrop, (top, left, height, width), each float (N,): the first of ten tries that
-    fits, else the largest box in the middle whose ratio is allowed."""
+    fits, else the largest centred box with an allowed ratio."""
     area, aspect = _draw_shapes(generator, height * width, scale, ratio, count, tries)
     widths, heights = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
@@ -397,26 +397,26 @@ def draw_crop(count, height, width, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4
 
 
 def _draw_shapes(generator, whole, scale, ratio, *shape):
-    """Areas, a share of the whole in scale, and aspects, even on a logarithmic scale in ratio."""
+    """Areas, with scale as the range of fractions of the whole, and log-uniform aspect ratios in ratio."""
     area = whole * _uniform(generator, *scale, *shape)
     return area, _uniform(generator, math.log(ratio[0]), math.log(ratio[1]), *shape).exp()
 
 
 def _first(fits, *values):
-    """Of values (N, tries) the first that fits, and whether there is one, each (N,)."""
+    """For each of values, (N, tries), the first that fits, and whether one does, each (N,)."""
     first = fits.int().argmax(1, keepdim=True)
     return *(value.gather(1, first)[:, 0] for value in values), fits.any(1)
 
 
 def random_crop(images, generator, scale=(0.8, 1.0), ratio=(3 / 4, 4 / 3)):
-    """torchvision's RandomResizedCrop(size, scale, ratio), where size is that of the images."""
+    """torchvision's RandomResizedCrop(size, scale, ratio), where size is the image size."""
     _check(images)
     return crop(images, *draw_crop(len(images), *images.shape[2:], generator, scale, ratio))
 
 
 def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), tries=10):
     """Boxes of RandomErasing, (top, left, height, width), each float (N,): the first of ten tries that is
-    smaller than the image; else, and for a share 1 - p of the images, height 0."""
+    smaller than the image; height 0 if there is none, and with probability 1 - p."""
     area, aspect = _draw_shapes(generator, height * width, scale, ratio, count, tries)
     heights, widths = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
     box_height, box_width, found = _first((heights < height) & (widths < width), heights, widths)
@@ -427,12 +427,12 @@ def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio
 
 
 def random_cutout(images, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), fill=(0, 0, 0)):
-    """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. The mean
-    colour of the data is what RandomErasing(value=0) is after normalisation. Cutout: DeVries and Taylor,
-    2017, arXiv:1708.04552."""
+    """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. The
+    data's mean colour equals RandomErasing(value=0) after normalisation. Cutout: DeVries and Taylor, 2017,
+    arXiv:1708.04552."""
     _check(images)
     boxes = draw_cutout(len(images), *images.shape[2:], generator, p, scale, ratio)
-    # torch.tensor(fill, device=...) would be a device synchronization
+    # torch.tensor(fill, device=...) would synchronize with the device
     colour = [torch.full((), value, dtype=torch.uint8, device=images.device) for value in fill]
     return erase(images, *boxes, torch.stack(colour))
 
@@ -452,8 +452,8 @@ def random_jitter(images, generator, brightness=0.4, contrast=0.4, saturation=0.
 
 @functools.cache
 def _policy(height, width):
-    """The 25 sub-policies for CIFAR-10: of both operations the position in OPERATIONS, the probability, the
-    magnitude and whether its sign is random, each (25, 2), on the CPU."""
+    """The 25 sub-policies for CIFAR-10: each operation's index into OPERATIONS, probability, magnitude, and
+    whether its sign is random, each (25, 2), on the CPU."""
     from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
     names, rows = list(OPERATIONS), []
@@ -477,7 +477,7 @@ def draw_autoaugment(count, height, width, generator):
 
 
 def random_autoaugment(images, generator):
-    """torchvision's AutoAugment(AutoAugmentPolicy.CIFAR10), with its nearest pixels and black outside."""
+    """torchvision's AutoAugment(AutoAugmentPolicy.CIFAR10), also with nearest pixels and black outside."""
     _check(images)
     return autoaugment(images, *draw_autoaugment(len(images), *images.shape[2:], generator))
 
@@ -497,16 +497,16 @@ NAMES = ("none", *AUGMENTATIONS, "hybrid")
 
 
 def parse(name, mean=(0.0, 0.0, 0.0)):
-    """What a name out of NAMES, or several joined by +, does to an epoch: a list of streams.
+    """The list of streams for a name in NAMES, or for several joined by +.
 
-    A stream is a list of functions (images, generator) -> images, applied in turn; every image goes once an
-    epoch through each stream. mean: the data's mean colour, in [0, 1], with which cutout fills. Raises
+    A stream is a list of functions (images, generator) -> images, applied in turn; every image goes through
+    each stream once per epoch. mean: the data's mean colour, in [0, 1], with which cutout fills. Raises
     ValueError for an unknown name.
     """
     if name == "none":
         return [[]]
     if name == "hybrid":
-        # Each image twice. The authors cut out before normalising: black, and on every image
+        # Each image twice. The authors apply cutout before normalising: in black, and to every image
         basic = [random_flip, random_rotation, random_crop]
         return [basic, [*basic, functools.partial(random_cutout, p=1.0)]]
     unknown = [part for part in name.split("+") if part not in AUGMENTATIONS]
@@ -522,8 +522,8 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
 
 
 def draw(image, rows, columns, path, generator, mean):
-    """Save a sheet with a row for each name in rows, the image and `columns` draws, to path, a Path, and as
-    SVG beside it. image: uint8 (3, H, W); mean: as for parse."""
+    """Save a sheet with a row for each name in rows, the image and `columns` draws, to path, a Path, and also
+    as SVG. image: uint8 (3, H, W); mean: as for parse."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * (columns + 1), 1.45 * len(rows)), layout="constrained")
@@ -545,15 +545,15 @@ def draw(image, rows, columns, path, generator, mean):
 
 
 def main():
-    import data  # only for this script's own pictures: the rest of the file stands alone
+    import data  # only for this script's pictures: the rest of the file is self-contained
     import runs
 
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
     out = Path("figures/augmentation.png")
     parser.add_argument("--out", type=Path, default=out, help="the first sheet (default: %(default)s)")
-    parser.add_argument("--index", type=int, default=0, help="which image of the train split (default: 0)")
-    parser.add_argument("--seed", type=int, default=8, help="of the draws (default: %(default)s)")
+    parser.add_argument("--index", type=int, default=0, help="image index in the train split (default: 0)")
+    parser.add_argument("--seed", type=int, default=8, help="seed of the draws (default: %(default)s)")
     args = parser.parse_args()
     try:
         import matplotlib  # noqa: F401
@@ -574,7 +574,7 @@ if __name__ == "__main__":
         from runs import command_line
     except ImportError:
         raise SystemExit(
-            "augment.py: error: pictures need data.py and runs.py of this project beside it"
+            "augment.py: error: pictures need data.py and runs.py of this project in the same folder"
         ) from None
 
     command_line(main)

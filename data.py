@@ -1,7 +1,7 @@
 """Image data sets as uint8 tensors: decoded once, cached, memory-mapped, batched on any device.
 
     python data.py --data cinic10         # download (688 MB), decode, cache, describe
-    python data.py --data path/to/folder  # train/<class>/*, test/<class>/*, perhaps valid/<class>/*
+    python data.py --data path/to/folder  # train/<class>/*, test/<class>/*, optionally valid/<class>/*
 
 A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
 """
@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image  # comes with torchvision, which takes over a second to import: only to download
+from PIL import Image  # installed with torchvision, whose slow import (over a second) only downloads need
 
 import runs
 
-SIZE = 32  # pixels a side
+SIZE = 32  # pixels per side
 CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
 BLOCK = 4096  # images of an epoch whose random numbers are drawn together; CHUNK is a multiple of it
 SPLITS = ("train", "valid", "test")
@@ -46,17 +46,17 @@ GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-CACHE_VERSION = 4  # raise it when decoding or the layout of a cache changes
+CACHE_VERSION = 4  # increment it when decoding or the cache layout changes
 
-# Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its links before: tried in turn.
+# Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its files before: URLs to try in turn.
 CINIC10_MD5 = "6ee4d0c996905fe93221de577967a372"
 CINIC10_URLS = (
     "https://datashare.ed.ac.uk/bitstreams/e8e186cc-2688-48f1-aa5a-3fda1a43f8b6/download",
     "https://datashare.ed.ac.uk/server/api/core/bitstreams/e8e186cc-2688-48f1-aa5a-3fda1a43f8b6/content",
     "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
 )
-TIMEOUT = 60  # seconds without a byte after which a download is given up
-OTHERWISE = "or use --data PATH (a folder of your own) or --data synthetic (no download)"
+TIMEOUT = 60  # seconds without data after which a download is abandoned
+OTHERWISE = "or use --data PATH (your own folder) or --data synthetic (no download)"
 
 
 class Split(NamedTuple):
@@ -70,18 +70,18 @@ class Dataset(NamedTuple):
     train: Split
     valid: Split
     test: Split
-    mean: tuple  # of 3 floats: mean of a channel over the train split, pixels in [0, 1]
+    mean: tuple  # of 3 floats: per-channel mean of the train split, pixels in [0, 1]
     std: tuple
-    cache: Path | None  # the folder that it is memory-mapped from
+    cache: Path | None  # the folder from which it is memory-mapped
     fingerprint: str  # of the whole set, before --fraction and --classes: 16 hexadecimal digits
 
 
 def load(data="cinic10", root="data", fraction=1.0, classes=None):
-    """The data set `data` (a name in NAMES or a folder), decoded now if it is not in the cache.
+    """Load the data set `data` (a name in NAMES or a folder), decoding it first if it is not cached.
 
-    fraction: keep this part of the train split, the same number of images of every class, at least one.
+    fraction: part of the train split to keep, with the same number of images per class, at least one.
     classes: `vehicles`, `animals` or names joined by commas; labels are renumbered.
-    Raises ValueError for a wrong argument, OSError or RuntimeError for data that cannot be loaded.
+    Raises ValueError for an invalid argument, OSError or RuntimeError for data that cannot be loaded.
     """
     root = Path(root)
     if data == "synthetic":
@@ -100,14 +100,14 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
         dataset = _select_classes(dataset, classes)
     if fraction < 1:
         dataset = dataset._replace(train=_subset(dataset.train, fraction))
-    if classes or fraction < 1:  # a part has a mean and std of its own
+    if classes or fraction < 1:  # a subset has its own mean and std
         mean, std = _mean_and_std(dataset.train.images)
         dataset = dataset._replace(mean=mean, std=std)
     return dataset
 
 
 def to_device(split, device):
-    """The split on the device if it fits in half of the free memory, else as it is: `batches` takes both."""
+    """The split on the device if it fits in half of the free memory, else unchanged; `batches` takes both."""
     if device.type == "cuda" and 2 * split.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return split
     return Split(split.images.to(device), split.labels.to(device))
@@ -116,13 +116,13 @@ def to_device(split, device):
 def batches(split, dataset, device, plan, streams=((),), key=()):
     """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
 
-    plan: (order, bounds) of `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
+    plan: (order, bounds) from `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
     generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which
-    augmentation depends. dataset: whose mean and std normalise.
+    augmentation depends. dataset: provides the mean and std for normalisation.
     """
     order, bounds = plan
     chunks = _chunks(split, order, dataset, device, streams, key)
-    (images, labels), first = next(chunks), 0  # first: the place of images[0] in the epoch
+    (images, labels), first = next(chunks), 0  # first: the position of images[0] in the epoch
     for start, end in itertools.pairwise(bounds):
         while first + len(labels) < end:
             rest, new = (images[start - first :], labels[start - first :]), next(chunks)
@@ -132,10 +132,10 @@ def batches(split, dataset, device, plan, streams=((),), key=()):
 
 
 def _chunks(split, order, dataset, device, streams, key):
-    """Yield (images, labels) for CHUNK places of `order` at a time, augmented and normalised.
+    """Yield (images, labels) for CHUNK entries of `order` at a time, augmented and normalised.
 
-    Random numbers are drawn on the CPU, for BLOCK images at a time, and depend only on key and place: batch
-    size, CHUNK and device change none of them.
+    Random numbers are drawn on the CPU, for BLOCK images at a time, and depend only on key and position, not
+    on batch size, CHUNK or device.
     """
     count, blocks = len(split.labels), itertools.count()
     chunks = upload(order % count, split.images.device).split(CHUNK)
@@ -149,9 +149,9 @@ def _chunks(split, order, dataset, device, streams, key):
 
 
 def plan(total, batch_size, seed=None, epoch=0, steps=None):
-    """The order of an epoch, int64 (N,), and the bounds of its batches, a list. Depends only on seed and epoch.
+    """An epoch's order, int64 (N,), and the list of its batch bounds. Depends only on seed and epoch.
 
-    seed: None keeps images in order. steps: that many whole batches, from as many passes as they need.
+    seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed.
     """
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     passes = 1 if steps is None else math.ceil(steps * batch_size / total)
@@ -163,13 +163,13 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
         order = order[: steps * batch_size]
     bounds = [*range(0, len(order), batch_size), len(order)]
     if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] < 2 * runs.world_size():
-        # Batch norm cannot train on a single 1x1 map: a last batch without two images a process joins the one before
+        # Batch norm cannot train on one 1x1 map: merge a last batch of fewer than two images per process
         del bounds[-2]
     return order, bounds
 
 
 def normalise(images, dataset):
-    """uint8 (N, 3, H, W) to float32, channels_last, with mean 0 and standard deviation 1 in each channel."""
+    """uint8 (N, 3, H, W) to float32, channels_last, with mean 0 and standard deviation 1 per channel."""
     scale, shift = (torch.empty(3, 1, 1) for _ in range(2))
     for channel, (mean, std) in enumerate(zip(dataset.mean, dataset.std, strict=True)):
         scale[channel], shift[channel] = 1 / (255 * std), -mean / std
@@ -185,7 +185,7 @@ def upload(tensor, device):
 
 
 def _augment(images, numbers, streams, seed):
-    """Pass each image through its stream. numbers: int64 (N,) on the CPU, the stream of each image."""
+    """Pass each image through its stream. numbers: int64 (N,) on the CPU, each image's stream index."""
     generator = torch.Generator().manual_seed(seed)
     if len(streams) == 1:
         return _pass(images, streams[0], generator)
@@ -204,25 +204,25 @@ def _pass(images, stream, generator):
 
 
 def seed_from(*parts):
-    """A 32-bit seed from whatever names a use of randomness, so that no two uses share a random sequence."""
+    """A 32-bit seed from whatever identifies a use of randomness, so that no two uses share a sequence."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
 def named(args):
-    """The arguments as {name: value}, with --data as a run's name shows it."""
+    """The arguments as {name: value}, with --data as it appears in a run's name."""
     return {**vars(args), "data": key(args.data)}
 
 
-# Parts of a data set
+# Subsets
 
 
 def class_names(spec):
-    """The class names of a --classes value: a group's, or those between commas."""
+    """The class names in a --classes value: a group's, or a comma-separated list."""
     return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
 
 
 def check_classes(dataset, option, spec):
-    """The class names of a --classes value; raises ValueError for one that is not in the data set."""
+    """The class names in a --classes value; raises ValueError for one that is not in the data set."""
     names = class_names(spec)
     for name in names:
         if name not in dataset.classes:
@@ -249,8 +249,8 @@ def _select_classes(dataset, spec):
 
 
 def _subset(split, fraction):
-    """The same number of images of every class, at least one: the first of each class in a fixed random order,
-    so that a smaller fraction is a part of a larger one."""
+    """The same number of images per class, at least one: the first of each class in a fixed random order, so
+    that a smaller fraction is a subset of a larger one."""
     counts = torch.bincount(split.labels)
     per_class = max(1, min(round(fraction * len(split.labels) / len(counts)), int(counts.min())))
     rows = _per_class_shuffled(split.labels, [per_class] * len(counts))
@@ -258,7 +258,7 @@ def _subset(split, fraction):
 
 
 def _per_class_shuffled(labels, counts):
-    """Rows, int64, ascending, of counts[c] images of each class c, chosen by a fixed seed."""
+    """Rows, int64, ascending, of counts[c] images of each class c, chosen with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     chosen = []
     for label, count in enumerate(counts):
@@ -268,7 +268,7 @@ def _per_class_shuffled(labels, counts):
 
 
 def _held_out(labels):
-    """A mask, bool (N,), of a tenth of each class, at least one image, chosen by a fixed seed. labels: (N,)."""
+    """A mask, bool (N,), of a tenth of each class, at least one image, with a fixed seed. labels: (N,)."""
     counts = [max(1, round(count / 10)) for count in np.bincount(labels)]
     mask = np.zeros(len(labels), bool)
     mask[_per_class_shuffled(torch.from_numpy(labels), counts).numpy()] = True
@@ -276,7 +276,7 @@ def _held_out(labels):
 
 
 def _mean_and_std(images):
-    """Exact mean and standard deviation of each channel of images, uint8 (N, 3, H, W), with pixels in [0, 1]: two
+    """Exact per-channel mean and standard deviation of images, uint8 (N, 3, H, W), with pixels in [0, 1]: two
     tuples of 3 floats. The std of a constant channel is 1."""
     histogram = torch.zeros(3, 256, dtype=torch.int64)
     for part in images.split(CHUNK):
@@ -289,21 +289,21 @@ def _mean_and_std(images):
 
 
 def _fingerprint(splits):
-    """16 hexadecimal digits of the SHA-256 of images and labels of each split, in order."""
+    """16 hexadecimal digits of the SHA-256 of each split's images and labels, in order."""
     digest = hashlib.sha256()
     for tensor in itertools.chain(*splits):
         digest.update(tensor.numpy())
     return digest.hexdigest()[:16]
 
 
-# Cache: one folder a data set, with images and labels of each split as .npy, and meta.json
+# Cache: one folder per data set, with each split's images and labels as .npy files, and meta.json
 
 
 def _load_cached(root, cache_key, name, source, decode):
-    """The data set from the cache, where it is put first if it is not there.
+    """The data set from the cache, decoded into it first if it is missing.
 
-    source: text that tells what it is made from: a cache with the same key and another source is replaced.
-    decode(): the arguments of _write_cache after the folder.
+    source: text that identifies the input: a cache with the same key and a different source is replaced.
+    decode(): returns the arguments of _write_cache after the folder.
     """
     digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:16]
     folder = root / "cache" / f"{cache_key}-{digest}"
@@ -311,7 +311,7 @@ def _load_cached(root, cache_key, name, source, decode):
     if dataset:
         return dataset
     with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
-        dataset = _open_cache(folder, name)  # another process may have made it meanwhile
+        dataset = _open_cache(folder, name)  # another process may have written it meanwhile
         if dataset:
             return dataset
         if folder.exists():
@@ -326,13 +326,13 @@ def _load_cached(root, cache_key, name, source, decode):
 
 
 def _open_cache(folder, name):
-    """The data set of a cache; None if a file is missing or cut short."""
+    """The data set in a cache; None if a file is missing or truncated."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         fields = {field: meta[field] for field in ("mean", "std", "fingerprint")}
         if meta["version"] == CACHE_VERSION:
             return Dataset(name, tuple(meta["classes"]), *_open_splits(folder), **fields, cache=folder)
-    except (OSError, ValueError, EOFError, LookupError, TypeError):  # numpy's, json's, and a field's
+    except (OSError, ValueError, EOFError, LookupError, TypeError):  # from numpy, json or a missing field
         pass
 
 
@@ -344,8 +344,8 @@ def _open_splits(folder, shuffled=True):
 def _write_cache(folder, classes, splits):
     """Write the files of a cache.
 
-    splits: {name: (labels, blocks)}; labels: array (N,); blocks: iterator over (images, unreadable), uint8 array
-    (n, 3, 32, 32) and list of (path, reason). Raises RuntimeError that names the unreadable files of all splits.
+    splits: {name: (labels, blocks)}; labels: array (N,); blocks: iterator of (images, unreadable), uint8
+    (n, 3, 32, 32) and list of (path, reason). Raises RuntimeError naming the unreadable files of all splits.
     """
     unreadable = []
     for split, (labels, blocks) in splits.items():
@@ -373,9 +373,9 @@ def _write_cache(folder, classes, splits):
 
 
 def mapped(path, shuffled=True):
-    """The array of an .npy file as a read-only tensor, read from disk where it is used. shuffled: at random places, for
-    which nothing is read ahead in a file larger than half of the memory: it would displace what is needed."""
-    array = np.load(path, mmap_mode="r")  # mode c, which could be written to, must fit in memory
+    """The array of an .npy file as a read-only, memory-mapped tensor. shuffled: for random access; disables
+    read-ahead, which would evict pages in use, in a file larger than half of the memory."""
+    array = np.load(path, mmap_mode="r")  # writable mode c would have to fit in memory
     if shuffled and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if array.nbytes > memory / 2:
@@ -387,11 +387,11 @@ def mapped(path, shuffled=True):
 
 @contextlib.contextmanager
 def _new_folder(final):
-    """A temporary folder, which is renamed to `final` at the end of the block, or removed if the block fails."""
+    """A temporary folder, renamed to `final` at the end of the block, or removed if the block fails."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    for left in final.parent.glob(".unfinished-*"):  # by a process that was killed a day ago or earlier
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in final.parent.glob(".unfinished-*"):  # of a process killed at least a day ago
+        if time.time() - leftover.stat().st_mtime > 86_400:
+            shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=final.parent))
     try:
         yield temporary
@@ -403,8 +403,8 @@ def _new_folder(final):
 
 
 def key(data):
-    """`--data` as a part of a file name: short, safe, and different for different values. A folder below the
-    current one is identified by its relative path, so that a moved project keeps its names."""
+    """`--data` as part of a file name: short, safe and unique. A folder inside the current one is identified
+    by its relative path, so that names survive moving the project."""
     if data in NAMES:
         return data
     path = Path(data).resolve()
@@ -422,9 +422,9 @@ def _load_folder(folder, root, cache_key, name):
 
 
 def _list_images(folder):
-    """Class names, sorted, and {split: list, one entry a class, of lists of (path, bytes, time of change)}.
+    """Sorted class names, and {split: [[(path, bytes, modification time), ...] for each class]}.
 
-    Prints how many files are ignored. Raises OSError for a folder that is no data set.
+    Prints how many files are ignored. Raises OSError for a folder that is not a data set.
     """
     places = {split: folder / split for split in SPLITS}
     if (folder / "val").is_dir():
@@ -455,7 +455,7 @@ def _list_images(folder):
 
 
 def _list_files(folder, ignored):
-    """[(path, bytes, time of change), ...] of the images in a folder and below, in ImageFolder's order."""
+    """[(path, bytes, modification time), ...] of the images in and below a folder, in ImageFolder's order."""
     found = []
     for _, _, files in _walk(folder):
         for file in files:
@@ -468,7 +468,7 @@ def _list_files(folder, ignored):
 
 
 def _walk(folder):
-    """os.walk, sorted, without hidden files and folders; the files as whole paths."""
+    """os.walk, sorted, without hidden files and folders; files are full paths."""
 
     def fail(error):
         raise error
@@ -504,9 +504,9 @@ def _decode_folder(classes, files):
 
 
 def _decode(paths, block=500):
-    """Decode files on all cores: yield (images, unreadable), as _write_cache takes them, of `block` at a time."""
+    """Decode files on all cores: yield (images, unreadable) for _write_cache, `block` files at a time."""
     blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
-    # Forked processes need semaphores, which Linux has in /dev/shm, if a container does
+    # Forked processes need semaphores, which Linux keeps in /dev/shm; some containers have none
     cores = len(os.sched_getaffinity(0)) if os.access("/dev/shm", os.W_OK) else 1
     workers = cores if cores > 1 and len(blocks) >= 4 else 0  # starting them takes longer than a few blocks
     yield from torch.utils.data.DataLoader(
@@ -531,8 +531,8 @@ def _decode_block(paths):
 
 
 def read_image(path):
-    """Any image file as RGB, uint8 array (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper eight
-    bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError that names the file."""
+    """Any image file as RGB, uint8 array (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper 8
+    bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError naming the file."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith("I"):
@@ -549,7 +549,7 @@ def read_image(path):
 
 
 def _load_cinic10(root):
-    """From an unpacked folder, the cache, an archive, or the network, whichever is there first."""
+    """From an unpacked folder, the cache, an archive, or the network, whichever is found first."""
     folders = [root / "cinic10", root / "CINIC-10", root]
     folder = next((f for f in folders if all((f / split).is_dir() for split in SPLITS)), None)
     if folder is None:
@@ -566,9 +566,9 @@ def _load_cinic10(root):
 
 
 def _unpack_cinic10(root, folder):
-    """Unpack root/CINIC-10.tar.gz, which is downloaded first if it is not there, into a folder.
+    """Unpack root/CINIC-10.tar.gz into a folder, downloading it first if it is missing.
 
-    Raises RuntimeError for a damaged archive, and for a member that would leave the folder.
+    Raises RuntimeError for a damaged archive, and for a member that would escape the folder.
     """
     from torchvision.datasets import utils
 
@@ -577,11 +577,11 @@ def _unpack_cinic10(root, folder):
         _download_cinic10(folder / archive.name)
         (folder / archive.name).rename(archive)
     elif not utils.check_integrity(archive, CINIC10_MD5):
-        raise RuntimeError(f"{archive} is damaged or another file (wrong MD5): remove it and start again")
+        raise RuntimeError(f"{archive} is damaged or a different file (wrong MD5): remove it and try again")
     print(f"unpacking {archive}", flush=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # some versions of torchvision's do not filter
+            tar.extractall(folder, filter="data")  # some torchvision versions do not filter
     except (tarfile.TarError, EOFError, OSError) as error:
         raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
 
@@ -606,7 +606,7 @@ def _download_cinic10(archive):
 
 @contextlib.contextmanager
 def _download_settings():
-    """In the block, a stalled connection fails after TIMEOUT, and a progress bar is shown on a terminal only."""
+    """In the block, stalled connections fail after TIMEOUT, and progress bars appear only on a terminal."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
@@ -618,7 +618,7 @@ def _download_settings():
 
 
 def _cifar10(root):
-    """Arguments of _write_cache: 5,000 of the 50,000 training images, 500 a class, become the valid split."""
+    """Arguments of _write_cache. 5,000 of 50,000 training images, 500 per class, become the valid split."""
     from torchvision.datasets import CIFAR10
 
     try:
@@ -637,12 +637,12 @@ def _cifar10(root):
     }
 
 
-# Drawn images
+# Generated images
 
 
 def synthetic(counts=(2000, 500, 1000)):
-    """Ten classes drawn by the program: vehicles from straight edges, animals from round ones, at random place,
-    size, turn and colour on a noisy ground, so that no colour tells the class. Always the same bits.
+    """Ten generated classes: vehicles with straight edges, animals with round ones, at random position, size,
+    rotation and colour on noise, so that colour does not reveal the class. Always the same bits.
 
     counts: images in train, valid and test.
     """
@@ -693,14 +693,14 @@ def _draw(labels, generator):
         "truck": lambda: cut(box(0, 0, 1, 0.8), box(0, 0, 0.6, 0.4)),
     }
     distance = torch.stack([shapes[name]() for name in CLASSES])[labels, torch.arange(len(labels))]
-    inside = (0.5 - distance * radius).clamp(0, 1)[:, None]  # (N, 1, 32, 32), edges one pixel soft
-    ground, ink = uniform(0, 140, 3, 1, 1), uniform(115, 255, 3, 1, 1)  # dark ground, bright ink
+    inside = (0.5 - distance * radius).clamp(0, 1)[:, None]  # (N, 1, 32, 32), edges blurred over a pixel
+    ground, ink = uniform(0, 140, 3, 1, 1), uniform(115, 255, 3, 1, 1)  # dark ground, bright shape
     noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=generator) * 20
     return (ground + (ink - ground) * inside + noise).clamp(0, 255).round().to(torch.uint8)
 
 
 def describe(dataset):
-    """A data set in a few lines of text."""
+    """Describe a data set in a few lines of text."""
     splits = {name: getattr(dataset, name) for name in SPLITS}
     bytes_used = sum(split.images.nbytes + split.labels.nbytes for split in splits.values())
     lines = [
@@ -709,19 +709,19 @@ def describe(dataset):
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
         f"bytes:   {bytes_used:,}",
-        f"cache:   {dataset.cache or 'none, drawn at every start'}",
+        f"cache:   {dataset.cache or 'none, generated at every start'}",
     ]
     return "\n".join(lines)
 
 
 def add_arguments(parser):
-    """The arguments of `load`, which every script has."""
+    """The arguments of `load`, shared by every script."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     choices = f"{', '.join(NAMES)}, or a folder with train/<class>/* and test/<class>/*"
     add("--data", default="cinic10", help=f"{choices} (default: %(default)s)")
     add("--root", default="data", help="folder for downloads and decoded images (default: %(default)s)")
-    part = "part of the train split to use, in (0, 1], the same number of images of every class"
+    part = "part of the train split to use, in (0, 1], with the same number of images per class"
     add("--fraction", type=_fraction, default=1.0, help=f"{part} (default: all)")
     add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
 

@@ -4,10 +4,10 @@
     python fewshot.py --data synthetic --fraction 0.1 --episodes 300
     python fewshot.py --fraction 0.001 --query 2 --shot 5 --way 5
 
-An episode draws `way` classes; of each, `shot` support images make a prototype, the mean of their embeddings, and
-`query` other images, flipped and autoaugmented, are classified by their distance to the prototypes. At the end every
-image of the fraction is embedded, each class is split into sub-prototypes by k-means, and every test image gets the
-class of the nearest one. More accurate on the same images, and beyond the slides: train.py with a schedule,
+An episode draws `way` classes. The prototype of each is the mean embedding of `shot` support images; `query`
+other images, flipped and autoaugmented, are classified by their distance to the prototypes. For the test, all
+images of the fraction are embedded, k-means splits each class into sub-prototypes, and every test image gets
+the class of the nearest one. Beyond the slides, train.py with a schedule is more accurate on the same images:
 
     python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300
 """
@@ -22,31 +22,31 @@ import models
 import runs
 import train
 
-# Query images a class in an episode, for the fractions of the slides; other fractions take that of the next below
+# Query images per class in an episode, for the slides' fractions; others use the next smaller one's
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
-EPOCH = 100  # episodes drawn and augmented together: an epoch of the history
+EPOCH = 100  # episodes drawn and augmented together: one epoch in the history
 VALIDATION_EPISODES = 600
-SUB_PROTOTYPES = 3  # a class, at the end
-KMEANS_STEPS = 300  # at most, of a start
-BATCH = 256  # images embedded at a time outside of episodes
+SUB_PROTOTYPES = 3  # per class, for the test
+KMEANS_STEPS = 300  # at most, per start
+BATCH = 256  # images embedded at a time outside episodes
 
 
 # Episodes
 
 
 def draw_episodes(labels, count, way, shot, query, generator):
-    """Classes, int64 (count, way), and rows of images, int64 (count, way, shot + query), of `count` episodes; no
-    image twice in one. labels: int64 (N,). Raises ValueError if a class has too few images. All on the CPU."""
+    """Classes, int64 (count, way), and image rows, int64 (count, way, shot + query), of `count` episodes
+    without repeats. labels: int64 (N,). Raises ValueError for too few classes. All on the CPU."""
     sizes = torch.bincount(labels)
     if len(sizes) < way:
-        raise ValueError(f"--way {way}: there are {len(sizes)} classes")
+        raise ValueError(f"--way {way}: there are only {len(sizes)} classes")
     rows = torch.full((len(sizes), int(sizes.max())), -1)
     for label, size in enumerate(sizes.tolist()):
         rows[label, :size] = (labels == label).nonzero()[:, 0]
     classes = torch.rand(count, len(sizes), generator=generator).argsort(1)[:, :way]
-    lots = torch.rand(count, way, rows.shape[1], generator=generator)
-    lots = lots.masked_fill_(rows[classes] < 0, -1)  # a place without an image is drawn last
-    return classes, rows[classes].gather(2, lots.topk(shot + query, dim=2).indices)
+    scores = torch.rand(count, way, rows.shape[1], generator=generator)
+    scores = scores.masked_fill_(rows[classes] < 0, -1)  # padding is drawn last
+    return classes, rows[classes].gather(2, scores.topk(shot + query, dim=2).indices)
 
 
 def check_sizes(split, name, args, classes):
@@ -54,22 +54,23 @@ def check_sizes(split, name, args, classes):
     sizes = torch.bincount(split.labels.cpu(), minlength=len(classes))
     smallest = int(sizes.argmin())
     if sizes[smallest] < args.shot + args.query:
+        remedy = "lower them or raise --fraction" if name == "train" and args.fraction < 1 else "lower them"
         raise ValueError(
-            f"class {classes[smallest]} has {sizes[smallest]} images in {name}, and an episode takes --shot {args.shot} "
-            f"and --query {args.query}: lower them{' or raise --fraction' if name == 'train' and args.fraction < 1 else ''}"
+            f"class {classes[smallest]} has {sizes[smallest]} images in {name}, but an episode needs "
+            f"--shot {args.shot} and --query {args.query}: {remedy}"
         )
 
 
 def default_query(fraction):
-    """How many query images a class the slides have at a fraction."""
+    """The slides' number of query images per class for a fraction."""
     return next((q for p, q in reversed(QUERIES.items()) if p <= fraction), QUERIES[0.001])
 
 
 class Prototypes(torch.nn.Module):
-    """An embedding and the nearest prototype, as one network over an episode.
+    """An embedding network with logits from the distances to prototypes, as one network over an episode.
 
-    images: float (way * (shot + query), 3, H, W), the support images first, both sorted by class. Returns minus the
-    squared distance of each query to each prototype, float (way * query, way).
+    images: float (way * (shot + query), 3, H, W), the support images first, both sorted by class. Returns
+    minus the squared distance of each query to each prototype, float (way * query, way).
     """
 
     def __init__(self, embedding, way, shot):
@@ -81,16 +82,15 @@ class Prototypes(torch.nn.Module):
 
 
 def episode_logits(embeddings, way, shot):
-    """As Prototypes, from embeddings, float (way * (shot + query), D)."""
+    """The logits of Prototypes, from embeddings, float (way * (shot + query), D)."""
     support, query = embeddings[: way * shot], embeddings[way * shot :]
     prototypes = support.view(way, shot, -1).mean(1)
     return -(query[:, None] - prototypes).square().sum(2)
 
 
 def episodes(run, count, generator, stream):
-    """Yield (images, labels) of each of `count` episodes: float (way * (shot + query), 3, H, W), support first; int64
-    (way * query,), each query's place among the episode's classes. The stream of augmentations is applied to the queries
-    of all episodes at once."""
+    """Yield `count` episodes (images, labels): float (way * (shot + query), 3, H, W), support first; int64
+    (way * query,), class indices within the episode. The stream augments all episodes' queries at once."""
     args, split = run.args, run.dataset.train
     _, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
     rows = data.upload(rows, split.images.device)
@@ -108,8 +108,8 @@ def episodes(run, count, generator, stream):
 
 
 def kmeans(points, clusters, generator, starts=10):
-    """Centres, float (k, D), of k = min(clusters, N) clusters of points, float (N, D), and their inertia: the best of
-    ten starts by k-means++ (Arthur and Vassilvitskii, 2007), each followed by at most KMEANS_STEPS of Lloyd's."""
+    """Centres, float (k, D), of k = min(clusters, N) clusters of points, float (N, D), and their inertia: the
+    best of ten k-means++ starts (Arthur and Vassilvitskii, 2007), each with up to KMEANS_STEPS of Lloyd."""
     clusters, best = min(clusters, len(points)), (None, torch.inf)
     for _ in range(starts):
         centres = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
@@ -145,7 +145,7 @@ def embed(run, model, split):
 
 
 def classify(embeddings, labels, points, owners, num_classes):
-    """Totals of giving every embedding to the class of the nearest point. points: float (P, D); owners: int64 (P,)."""
+    """Totals if each embedding gets its nearest point's class. points: float (P, D); owners: int64 (P,)."""
     totals = train.Totals(num_classes, embeddings.device)
     for part, true in zip(embeddings.split(BATCH), labels.split(BATCH), strict=True):
         distances = torch.cdist(part, points).square()
@@ -159,7 +159,7 @@ def classify(embeddings, labels, points, owners, num_classes):
 
 
 def train_embedding(run):
-    """Train on episodes, then test. Returns weights and the run's part of a result file."""
+    """Train on episodes, then test. Returns weights and the run's part of the result file."""
     args, dataset = run.args, run.dataset
     for name in ("train", "valid"):
         check_sizes(getattr(dataset, name), name, args, dataset.classes)
@@ -181,7 +181,7 @@ def train_embedding(run):
 
 
 def test(run, model):
-    """Metrics of the test split by three sub-prototypes a class, by one, and by the nearest training image."""
+    """Test metrics with three sub-prototypes per class, with one, and with the nearest training image."""
     dataset, num_classes = run.dataset, len(run.dataset.classes)
     points, tests = embed(run, model, dataset.train), embed(run, model, dataset.test)
     labels, truth = (split.labels.to(run.device) for split in (dataset.train, dataset.test))
@@ -197,7 +197,7 @@ def test(run, model):
 
 
 def validate(run, model):
-    """Mean accuracy over episodes of the valid split, without augmentation, with its 95 % confidence interval."""
+    """Mean accuracy over episodes of the valid split, not augmented, with its 95 % confidence interval."""
     args, split = run.args, run.dataset.valid
     embeddings = embed(run, model, split)  # once: they are the same in every episode
     generator = torch.Generator().manual_seed(data.seed_from("validation"))
@@ -206,8 +206,8 @@ def validate(run, model):
     support, query = rows.to(run.device).split([args.shot, args.query], dim=2)
     truth = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
     hits = []
-    for of_support, of_query in zip(support, query, strict=True):
-        parts = torch.cat([embeddings[of_support].flatten(0, 1), embeddings[of_query].flatten(0, 1)])
+    for support_rows, query_rows in zip(support, query, strict=True):
+        parts = torch.cat([embeddings[support_rows].flatten(0, 1), embeddings[query_rows].flatten(0, 1)])
         hits.append((episode_logits(parts, args.way, args.shot).argmax(1) == truth).sum())
     hits = torch.stack(hits).cpu().double() / len(truth)
     interval = 1.96 * hits.std() / len(hits) ** 0.5
@@ -218,8 +218,8 @@ def show(outcome):
     valid = outcome["episodes"]
     interval = f"{valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
     print(f"\n{valid['count']} validation episodes: accuracy {interval}")
-    sub = f"{SUB_PROTOTYPES} sub-prototypes a class"
-    names = {"test": sub, "one_prototype": "1 prototype a class", "nearest_image": "nearest training image"}
+    sub = f"{SUB_PROTOTYPES} sub-prototypes per class"
+    names = {"test": sub, "one_prototype": "1 prototype per class", "nearest_image": "nearest training image"}
     rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in names.items()]
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
@@ -231,8 +231,8 @@ def make_parser():
     add, count = group.add_argument, runs.number(int, 0)
     slides = ", ".join(f"{q} at {p}" for p, q in QUERIES.items())
     add("--way", type=runs.number(int, 1), default=5, help="classes (default: %(default)s)")
-    add("--shot", type=count, default=5, help="support images a class (default: %(default)s)")
-    add("--query", type=count, help=f"query images a class (default: the slides', by fraction: {slides})")
+    add("--shot", type=count, default=5, help="support images per class (default: %(default)s)")
+    add("--query", type=count, help=f"query images per class (default: as on the slides, {slides})")
     add("--episodes", type=count, default=3000, help="(default: %(default)s)")
     train.add_training_arguments(parser)
     runs.add_arguments(parser)

@@ -23,8 +23,8 @@ class CustomCNN(nn.Module):
     """Three blocks of two 3x3 conv-BN-ReLU, 2x2 max-pool, dropout k; then two linear layers.
 
     images: float (N, 3, 32, 32). Returns logits, float (N, num_classes). dropout: k, in [0, 1); before the
-    last layer it is min(2k, 0.9), as on the slides. The convolutions have no bias: the slides leave it
-    open, and the batch norm behind each one subtracts any constant.
+    last layer it is min(2k, 0.9), as on the slides. The convolutions have no bias: the slides leave this
+    open, and the batch norm after each one removes any constant.
     """
 
     def __init__(self, num_classes=10, dropout=0.0):
@@ -56,10 +56,10 @@ class CustomCNN(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d, on a CPU without a convolution where a pixel meets one weight: with a 1x1 kernel, or on a 1x1 map.
+    """nn.Conv2d; on a CPU, 1x1 kernels and 1x1 maps are computed as a matrix product, or a product if depthwise.
 
-    A matrix product then, or a product if depthwise, with the same result up to rounding. PyTorch's own backward takes
-    several times as long there: over a quarter of a training step of resnet18, densenet121 and efficientnet_b0.
+    Equal up to rounding. PyTorch's own backward pass takes several times as long there: over a quarter of a
+    training step of resnet18, densenet121 and efficientnet_b0.
     """
 
     def forward(self, images):
@@ -75,10 +75,10 @@ class Convolution(nn.Conv2d):
 
 
 class Architecture(NamedTuple):
-    """A network of `build`."""
+    """An entry of ARCHITECTURES."""
 
-    constructor: Callable | str  # called with (num_classes, dropout), or the name of a network of torchvision
-    head: str = ""  # of torchvision's, the submodule that is replaced: its first linear layer tells the number of features
+    constructor: Callable | str  # called with (num_classes, dropout), or the name of a torchvision network
+    head: str = ""  # torchvision only: the submodule to replace; its first linear layer has the feature count
     stem: str = ""  # the first convolution
     pool: str = ""  # the max-pool after it, if there is one
 
@@ -87,34 +87,34 @@ ARCHITECTURES = {
     "custom": Architecture(CustomCNN),
     "resnet18": Architecture("resnet18", head="fc", stem="conv1", pool="maxpool"),
     "densenet121": Architecture("densenet121", "classifier", stem="features.conv0", pool="features.pool0"),
-    # its head includes 20 % dropout, which goes: the recipe has none
+    # torchvision's head has 20 % dropout, removed here since the recipe has none
     "efficientnet_b0": Architecture("efficientnet_b0", head="classifier", stem="features.0.0"),
 }
 
 
 def check(arch, dropout=0.0, pretrained=False, stem="imagenet"):
-    """Raise ValueError for options that the architecture does not have."""
+    """Raise ValueError for options that the architecture does not support."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
     if isinstance(ARCHITECTURES[arch].constructor, str):
         if dropout:
-            raise ValueError(f"--dropout: {arch} has no dropout setting, only custom does")
+            raise ValueError(f"--dropout: {arch} has no dropout setting, only custom has")
         if pretrained and stem == "small":
-            raise ValueError("--pretrained: the weights belong to the ImageNet stem; leave --stem out")
+            raise ValueError("--pretrained: the weights are for the ImageNet stem; omit --stem")
     elif pretrained:
         raise ValueError(f"--pretrained: {arch} has no pretrained weights")
     elif stem != "imagenet":
-        raise ValueError(f"--stem: {arch} is made for 32x32 images; only torchvision's networks have another")
+        raise ValueError(f"--stem: {arch} is built for 32x32 images; only torchvision's networks have stems")
 
 
 def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
     """One of ARCHITECTURES, with `num_classes` outputs.
 
-    The networks of torchvision get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is frozen.
-    pretrained: start them from torchvision's ImageNet weights (resnet18 and efficientnet_b0 did so on the slides; all
-    use IMAGENET1K_V1). stem: `imagenet`, as it is, or `small`, for images of 32 pixels: a first convolution of 3x3
-    and stride 1, and no max-pool after it (He et al., 2016, section 4.2). Raises ValueError for an option that the
-    architecture does not have, RuntimeError if weights cannot be fetched.
+    torchvision's networks get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is
+    frozen. pretrained: start from torchvision's ImageNet weights IMAGENET1K_V1 (resnet18 and efficientnet_b0
+    did on the slides). stem: `imagenet`, unchanged, or `small`, for 32x32 images: a first 3x3 convolution of
+    stride 1, without max-pool (He et al., 2016, section 4.2). Raises ValueError for an option that the
+    architecture does not support, RuntimeError if weights cannot be fetched.
     """
     check(arch, dropout, pretrained, stem)
     constructor, head, first, pool = ARCHITECTURES[arch]
@@ -139,16 +139,16 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
 
 
 def _from_torchvision(name, pretrained):
-    # Imported here: it takes over a second, and the custom network needs none of it
+    # Imported here: it takes over a second, and the custom network does not need it
     from torchvision import models as torchvision_models
 
     weights = "IMAGENET1K_V1" if pretrained else None
-    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # torch.hub would run code from a file
+    os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # else torch.hub could run code
     try:
         with contextlib.redirect_stderr(sys.stdout):  # torch.hub announces downloads there
             return torchvision_models.get_model(name, weights=weights, progress=sys.stdout.isatty())
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network; a file of another kind
-        print(flush=True)  # torch.hub leaves its line open
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network, or a damaged file
+        print(flush=True)  # torch.hub does not end its line
         url = torchvision_models.get_model_weights(name)["IMAGENET1K_V1"].url
         raise RuntimeError(
             f"the ImageNet weights of {name} cannot be fetched ({error}): connect to the network, put {url} into "
@@ -157,15 +157,15 @@ def _from_torchvision(name, pretrained):
 
 
 def load(path):
-    """The trained network of a `seed<k>.pt` that train.py saved, in eval mode on the CPU. Its attributes `classes` (names in
-    label order), `mean` and `std` (of each channel, pixels in [0, 1]) are those it was trained with. Raises ValueError
-    for a file of another kind."""
+    """Load the trained network from a `seed<k>.pt` saved by train.py, in eval mode on the CPU. It was trained
+    with its attributes `classes` (names in label order), `mean` and `std` (per channel, pixels in [0, 1]).
+    Raises ValueError for any other file."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         model = build(saved["arch"], len(saved["classes"]), stem=saved["stem"])
         model.load_state_dict(saved["state_dict"])
     except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged, or not the weights of a network that train.py saved") from error
+        raise ValueError(f"{path} is damaged, or not a weights file saved by train.py") from error
     model.classes, model.mean, model.std = saved["classes"], saved["mean"], saved["std"]
     return model.eval()
 
@@ -177,10 +177,10 @@ def _small_stem(width):
 
 
 class FewShotEmbedding(nn.Module):
-    """The few-shot network: a convolutional path beside a transformer path, joined to one embedding.
+    """The few-shot network: a convolutional and a transformer branch, fused into one embedding.
 
-    images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 64). About 47,000 parameters. As in
-    the authors' code the tokens carry no position, and both norms stand behind their residual sum.
+    images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 64). About 47,000 parameters.
+    As in the authors' code, tokens have no position encoding, and both norms follow their residual sums.
     """
 
     def __init__(self):
@@ -222,7 +222,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if query.is_cuda or query.dtype == torch.bfloat16:
-            # Written out: the backward of CUDA's fused kernels is not deterministic; on a CPU in bf16, 1.5 times as fast
+            # Written out: CUDA's fused backward is nondeterministic; on a CPU in bf16, 1.5 times as fast
             weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (N, heads, T, T)
             mixed = weights.softmax(-1) @ value
         else:
@@ -231,11 +231,11 @@ class SelfAttention(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """A gate that mixes what several frozen experts see of an image.
+    """A gating network that mixes the features of several frozen experts.
 
-    features: float (N, experts, 4096), each expert's flattened trunk, or (N, experts, width), adapted already.
-    Returns logits, float (N, num_classes). The adapters stay at their random start, as in the authors' code, unless
-    train_adapters.
+    features: float (N, experts, 4096), each expert's flattened trunk output, or (N, experts, width), already
+    adapted. Returns logits, float (N, num_classes). Unless train_adapters, the adapters keep their random
+    initialization, as in the authors' code.
     """
 
     def __init__(self, experts=3, num_classes=10, train_adapters=False, width=1280):

@@ -1,12 +1,12 @@
-"""A mixture of experts: a gating network learns which of three frozen networks to listen to, image by image.
+"""A mixture of experts: a gating network learns how to weight three frozen networks, image by image.
 
-    python moe.py --seed 1 2 3                                # on CINIC-10; trains the experts that are not there yet
+    python moe.py --seed 1 2 3                                # on CINIC-10; trains missing experts first
     python moe.py --data path/to/folder --fraction 0.25 --epochs 3
-    python moe.py --train-adapters --adapter-width 512 --animals all    # costs two base networks, as large as three
+    python moe.py --train-adapters --adapter-width 512 --animals all    # trained as two bases, sized as three
 
-The experts are the custom network on hybrid augmentation with dropout 0.2, the best on the slides: one trained on all
-classes (the base), one on vehicles, one on animals; for comparison, two more bases, with other seeds. All are taken
-from --out if `train.py` left them there, else trained first: five networks for seed 1, nine for seeds 1 2 3.
+The experts are custom networks with hybrid augmentation and dropout 0.2, the best on the slides: one trained
+on all classes (the base), one on vehicles, one on animals; two more bases with other seeds for comparison.
+Those that `train.py` left in --out are reused, others trained first: five for seed 1, nine for seeds 1 2 3.
 """
 
 import itertools
@@ -21,11 +21,11 @@ import models
 import runs
 import train
 
-EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the slides leave the experts' recipe open: their best one
+EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the slides leave the experts' recipe open: this is their best
 SHARED = ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "graph", "out",
           "checkpoint_every")  # fmt: skip
 ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
-# Parts of a result file, and what they are called in tables
+# Keys of a result file and their row labels in tables
 ROWS = {
     "test": "mixture",
     "base": "base alone",
@@ -37,12 +37,12 @@ TRUNK = 4096  # features of a custom network's trunk
 
 
 def specialties(args):
-    """The classes of each expert, as --classes takes them; None is all."""
+    """The classes of each expert, as a --classes value; None means all."""
     return (None, "vehicles", "animals" if args.animals == "all" else args.animals)
 
 
 def expert(args, seed, classes=None):
-    """A custom network with the weights of its run of `train.py`, in eval mode, frozen."""
+    """A frozen custom network in eval mode, trained by `train.py`, now if its result is missing."""
     settings, shared = train.make_parser().parse_args([]), {name: getattr(args, name) for name in SHARED}
     vars(settings).update(shared, **EXPERT, seed=[seed], classes=classes)
     train.check_arguments(settings)
@@ -53,10 +53,10 @@ def expert(args, seed, classes=None):
 
 @torch.no_grad()
 def features(run, networks, model, split):
-    """What the experts see of every image: (N, experts, width) adapted, or (N, experts, 4096) if the adapters learn.
+    """The experts' features of every image: (N, experts, width), or (N, experts, 4096) to train adapters.
 
-    In the compute dtype, on the device unless they would fill over half of its free memory. Computed once: experts are
-    frozen, and the gating network is trained on images without augmentation.
+    In the compute dtype, on the device unless they would fill over half of its free memory. Computed once:
+    experts are frozen, and the gating network is trained on images without augmentation.
     """
     autocast, _ = train.mixed_precision(run)
     width = TRUNK if run.args.train_adapters else run.args.adapter_width
@@ -75,7 +75,7 @@ def features(run, networks, model, split):
 
 
 def feature_batches(inputs, labels, plan, device):
-    """Yield (features, labels) on the device. inputs: (N, experts, width); plan: of `data.plan`."""
+    """Yield (features, labels) on the device. inputs: (N, experts, width); plan: from `data.plan`."""
     order, bounds = plan
     order = data.upload(order, inputs.device)
     for start, end in itertools.pairwise(bounds):
@@ -84,7 +84,7 @@ def feature_batches(inputs, labels, plan, device):
 
 
 def train_gate(run):
-    """Train gating network and classifier (and adapters, if asked). Returns weights and the run's part of a result."""
+    """Train gating network, classifier and, if asked, adapters. Returns weights and part of the result."""
     args, dataset, device, classes = run.args, run.dataset, run.device, len(run.dataset.classes)
     networks = [expert(args, run.seed, part) for part in specialties(args)]
     bases = [networks[0] if seed == run.seed else expert(args, seed) for seed in ENSEMBLE]
@@ -128,7 +128,7 @@ def gate_by_class(model, batches, classes):
 
 @torch.no_grad()
 def average(run, networks):
-    """Totals on the test split of the mean softmax of some networks."""
+    """Test totals of the networks' mean softmax."""
     autocast, _ = train.mixed_precision(run)
     split, totals = run.dataset.test, train.Totals(len(run.dataset.classes), run.device)
     for images, labels in data.batches(split, run.dataset, run.device, data.plan(len(split.labels), BATCH)):
@@ -141,8 +141,8 @@ def average(run, networks):
 
 
 def cost(args, networks, model, dataset):
-    """For each of ROWS: parameters, and the images that its networks are trained on, in base networks. The gating network
-    is not counted: it is trained on features."""
+    """For each of ROWS: its parameters, and its networks' training images, as a multiple of one base's. The
+    gating network is not counted: it is trained on features."""
     sizes = torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes)).tolist()
     by_name = dict(zip(dataset.classes, sizes, strict=True))
     groups = [data.class_names(part) if part else dataset.classes for part in specialties(args)]
@@ -164,9 +164,9 @@ def show(dataset, outcome):
     rows = []
     for key, name in ROWS.items():
         measured = [f"{outcome[key][m]:.4f}" for m in train.METRICS]
-        price = outcome["cost"][key]
-        rows.append([name, *measured, f"{price['parameters']:,}", f"{price['bases']:.1f}"])
-    headers = ["test split", *train.METRICS, "parameters", "training, in bases"]
+        costs = outcome["cost"][key]
+        rows.append([name, *measured, f"{costs['parameters']:,}", f"{costs['bases']:.1f}"])
+    headers = ["test split", *train.METRICS, "parameters", "training cost in bases"]
     print("\n" + tabulate(rows, headers, disable_numparse=True))
 
 
@@ -184,11 +184,11 @@ def make_parser():
     group = parser.add_argument_group("mixture")
     add = group.add_argument
     add("--animals", default="cat,dog,deer,horse",
-        help="classes of the animals expert, or all six (default: %(default)s, which get confused)")  # fmt: skip
+        help="classes of the animals expert, or all (default: %(default)s, which get confused)")  # fmt: skip
     add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
         help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
-    add("--train-adapters", action="store_true", help="let the layers between experts and gate learn; by default they "
-        "stay at their random initialization, as in the authors' code")  # fmt: skip
+    add("--train-adapters", action="store_true", help="train the layers between experts and gating network; "
+        "by default they keep their random initialization, as in the authors' code")  # fmt: skip
     train.add_epoch_arguments(parser)
     train.add_training_arguments(parser)
     runs.add_arguments(parser)

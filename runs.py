@@ -1,9 +1,9 @@
-"""What keeps a run alive, whatever it trains: errors, signals, files, devices, processes, checkpoints, results, seeds.
+"""What all runs share: errors, signals, files, devices, processes, checkpoints, results, seeds.
 
-Every script hands its `main` to `command_line`, and its training function to `run_seeds`:
+Every script passes its `main` to `command_line` and its training function to `run_seeds`:
 
     def train(run):                      # run.args, run.seed, run.dataset, run.device, run.dtype
-        history = run.restore(states)    # [] or the epochs of an interrupted run, whose states are loaded
+        history = run.restore(states)    # [], or loads an interrupted run's states and returns its epochs
         ...
         run.save(states, history)        # after an epoch
         return weights, outcome          # for seed<k>.pt and seed<k>.json
@@ -29,18 +29,18 @@ from torch import distributed as dist
 
 try:
     import fcntl
-except ImportError:  # Windows: runs without locks
+except ImportError:  # Windows has no file locks
     fcntl = None
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "finished work is kept; run the same command to continue"
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # torch's words
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # in torch errors
 
-# Arguments in which a checkpoint may differ (its device type and dtype are compared instead)
+# Arguments that may change when a run resumes (device type and dtype are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
 
-# How a setting that differs from its default shows in a run's name, in this order: a tag, then the value
+# In a run's name, settings that differ from their defaults appear in this order, as tag and value
 TAGS = {
     "data": "", "classes": "only-", "fraction": "p", "epochs": "epochs", "batch_size": "batch", "steps_per_epoch": "steps",
     "lr": "lr", "optimizer": "", "momentum": "momentum", "weight_decay": "wd", "dropout": "dropout",
@@ -58,23 +58,23 @@ class Stopped(BaseException):
 
 
 def command_line(main):
-    """Run a script's main. Errors become one line on standard error: exit status 2 for wrong arguments (ValueError), 1 for
-    anything else that a user can fix, 130 and 143 for SIGINT and SIGTERM. TRACEBACK=1 shows where an error arose."""
+    """Run a script's main. Errors become one line on standard error, with exit status 2 for invalid arguments
+    (ValueError), 1 for other expected ones, 130 for SIGINT, 143 for SIGTERM. TRACEBACK=1 shows tracebacks."""
     name = Path(sys.argv[0]).name
-    for number in SIGNALS:
-        signal.signal(number, _stop)
+    for signum in SIGNALS:
+        signal.signal(signum, _stop)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names can be any bytes
+        stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
     except Stopped as stop:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        for signum in SIGNALS:
+            signal.signal(signum, signal.SIG_IGN)
         signal_name = signal.Signals(stop.args[0]).name
         advice = "the same command resumes from the last checkpoint, if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
         sys.exit(128 + stop.args[0])
-    except BrokenPipeError:  # the reader, such as head, has gone
+    except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"{name}: error: standard output was closed: {KEPT}", file=sys.stderr)
         sys.exit(1)
@@ -86,14 +86,14 @@ def command_line(main):
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
-def _stop(number, _):
-    raise Stopped(number)
+def _stop(signum, _):
+    raise Stopped(signum)
 
 
 def new_parser(doc):
-    """A parser whose help begins with a script's docstring, and whose errors are ValueErrors."""
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=shape, allow_abbrev=False)
+    """A parser whose help begins with the script's docstring and whose errors are ValueErrors."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
     def error(message):
         hint = ": the option is --seed" if "--seeds" in message else " (--help lists all options)"
@@ -120,26 +120,26 @@ def number(kind, low, high=math.inf, inclusive=False):
 
 
 def add_arguments(parser):
-    """The arguments of every run, whatever it trains."""
+    """The arguments that every run has."""
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--seed", type=number(int, 0, 2**31, True), nargs="+", default=[1], metavar="K",
-        help="one or several, trained one after the other (default: 1)")  # fmt: skip
+        help="one or more seeds, trained in sequence (default: 1)")  # fmt: skip
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
-        help="compute dtype; auto: bf16 on a GPU or CPU that supports it, else fp16 with a gradient scaler on a CUDA GPU, "
-        "and float32 elsewhere; off: float32, without TF32")  # fmt: skip
+        help="compute dtype; auto: bf16 on a GPU or CPU that supports it, else fp16 with a gradient scaler "
+        "on a CUDA GPU, and float32 elsewhere; off: float32, without TF32")  # fmt: skip
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
     add("--out", default="results", help="folder for results (default: %(default)s)")
     add("--checkpoint-every", type=number(float, 0, inclusive=True), default=20.0, metavar="S",
-        help="minimum seconds between checkpoints, which are saved at the end of an epoch (default: %(default)g)")  # fmt: skip
-    add("--force", action="store_true", help="run again even if the result is there")
+        help="minimum seconds between checkpoints, saved after an epoch (default: %(default)g)")  # fmt: skip
+    add("--force", action="store_true", help="run again even if a result exists")
 
 
 def run_name(first, settings, defaults):
-    """The folder of a run: `first` (architecture, augmentation), then each setting that differs from its default.
+    """A run's folder name: `first` (architecture, augmentation), then each setting that is not its default.
 
-    settings, defaults: {name: value}; names without a tag in TAGS do not show.
+    settings, defaults: {name: value}; names without a tag in TAGS are omitted.
     """
     parts = list(first)
     for name, tag in TAGS.items():
@@ -151,7 +151,7 @@ def run_name(first, settings, defaults):
 
 
 class Progress:
-    """A line on a terminal that says how far a loop is; silent when standard error is not a terminal."""
+    """A progress line on standard error; silent if that is not a terminal."""
 
     def __init__(self, what, total):
         self.what, self.total, self.done = what, total, 0
@@ -176,8 +176,8 @@ class Progress:
 
 
 def write_atomically(path, content):
-    """Write a dictionary, as JSON to a .json file and else by torch.save, so that the file is complete or absent,
-    whatever happens meanwhile."""
+    """Write a dictionary, as JSON to a .json file, otherwise with torch.save. An interruption leaves the old
+    file or none, never a partial one."""
     temporary, buffer = path.with_name(f".{path.name}-{os.getpid()}"), io.BytesIO()
     if path.suffix == ".json":
         buffer.write(json.dumps(content, indent=1).encode())
@@ -199,10 +199,10 @@ def write_atomically(path, content):
 
 @contextlib.contextmanager
 def exclusive(path):
-    """One process at a time: others wait here until the block ends or its process dies. path: the lock file.
+    """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file.
 
-    Works over a shared folder whose file system has locks. Where there are none, nobody waits, which wastes work and
-    harms nothing, since files are put in place atomically.
+    Works in shared folders whose file system supports locks. Without locks no process waits: work may be
+    duplicated, but nothing is damaged, since files are written atomically.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while fcntl:
@@ -210,13 +210,13 @@ def exclusive(path):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for the process that holds {path}", flush=True)
+            print(f"waiting for the process holding {path}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass
         if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
             break
-        lock.close()  # its last owner removed the file meanwhile
+        lock.close()  # the previous owner has removed the file
     try:
         yield
     finally:
@@ -229,29 +229,29 @@ def exclusive(path):
 
 
 def use_device(name):
-    """Make `--device` current and return it as a torch.device. Raises ValueError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """Make `--device` current and return it as a torch.device. Raises ValueError if it is unavailable."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(kind for kind in there if there[kind])
+        name = next(kind for kind in available if available[kind])
     kind, _, index = name.partition(":")
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there.get(kind) or (index and not (index.isdigit() and int(index) < count)):
+    if not available.get(kind) or (index and not (index.isdigit() and int(index) < count)):
         raise ValueError(f"--device {name}: not available on this machine; use auto or cpu")
     if kind == "cuda" and world_size() > 1:
         if index:
             raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
         index = os.environ["LOCAL_RANK"]
         if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
-            raise ValueError(f"torchrun started more processes than the {count} GPUs here: use fewer")
+            raise ValueError(f"torchrun started more processes than the {count} GPUs available: use fewer")
     if kind == "cuda":  # streams and graphs belong to the current device
         torch.cuda.set_device(int(index or 0))
     return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def compute_dtype(args, device):
-    """The dtype that `--amp` means on a device: torch.float32, bfloat16 or float16."""
+    """The dtype that `--amp` selects on a device: torch.float32, bfloat16 or float16."""
     if args.amp == "fp16" and device.type != "cuda":
-        raise ValueError(f"--amp fp16: it needs CUDA, and this is {device.type}; use bf16 or off")
+        raise ValueError(f"--amp fp16: needs CUDA, but the device is {device.type}; use bf16 or off")
     if args.amp != "auto":
         return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if device.type == "cuda":
@@ -261,22 +261,22 @@ def compute_dtype(args, device):
 
 
 def cpu_has_bf16():
-    """Whether the CPU multiplies in bf16; elsewhere PyTorch emulates it, slowly."""
+    """Whether the CPU multiplies bf16 natively; otherwise PyTorch emulates it, slowly."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # undocumented, so they may disappear
     return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
 
 
 def make_repeatable():
-    """The same bits for the same command on the same machine, and float32 that is float32."""
+    """Make the same command give the same bits on the same machine, and disable TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # It costs time, and nothing here reads such memory
+    # Filling costs time, and nothing here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
 
 
-# Several processes: torchrun --standalone --nproc_per_node=2 train.py ... Alone, nothing here does anything.
+# Several processes: torchrun --standalone --nproc_per_node=2 train.py ... No effect on a single process.
 
 
 def world_size():
@@ -289,13 +289,13 @@ def rank():
 
 @contextlib.contextmanager
 def processes(args):
-    """Join the processes that torchrun started; rank 0 prints for all. Raises RuntimeError if one is lost."""
+    """Join the processes that torchrun started; only rank 0 prints. Raises RuntimeError if one is lost."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield
         return
     if args.batch_size < 2 * world:
-        raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images of it")
+        raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
@@ -309,8 +309,8 @@ def processes(args):
 
 
 def distribute(model):
-    """The model, whose gradients are averaged over processes; on CUDA with batch norm over the whole batch (PyTorch has
-    none for CPUs)."""
+    """The model with gradients averaged over processes and, on CUDA, batch norm over the whole batch (PyTorch
+    has no SyncBatchNorm for CPUs)."""
     if world_size() == 1:
         return model
     if next(model.parameters()).is_cuda:
@@ -319,8 +319,8 @@ def distribute(model):
 
 
 def share(batches):
-    """Yield (inputs, labels, weight): this process's part of each batch. A mean loss times its weight, averaged over
-    processes, is the mean over the whole batch."""
+    """Yield (inputs, labels, weight) for this process's part of each batch. The mean loss times weight,
+    averaged over processes, is the mean over the whole batch."""
     world = world_size()
     for inputs, labels in batches:
         parts = [tensor.tensor_split(world)[rank()] for tensor in (inputs, labels)]
@@ -336,7 +336,7 @@ def broadcast_buffers(model):
 
 
 def on_rank0(function, *arguments):
-    """What function(*arguments) returns on rank 0, which alone calls it."""
+    """Call function(*arguments) on rank 0 only; return its value on every rank."""
     returned = [function(*arguments) if rank() == 0 else None]
     if world_size() > 1:
         dist.broadcast_object_list(returned)
@@ -347,12 +347,12 @@ def on_rank0(function, *arguments):
 
 
 class Run:
-    """One seed of a run: its arguments, seed, data set, device and compute dtype; where it saves and resumes."""
+    """One seed of a run: arguments, seed, data set, device, compute dtype, and its result and checkpoint."""
 
     def __init__(self, args, seed, dataset, device, path):
         self.args, self.seed, self.dataset, self.device = args, seed, dataset, device
         self.dtype = compute_dtype(args, device)
-        self.path = path  # of the result, results/<run>/seed<k>.json
+        self.path = path  # the result file, results/<run>/seed<k>.json
         self.checkpoint = path.with_suffix(".ckpt")
         self.saved = time.monotonic()
         self.settings = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
@@ -360,9 +360,9 @@ class Run:
         self.settings |= {"device": device.type, "dtype": str(self.dtype)}
 
     def save(self, stateful, history):
-        """Save a checkpoint, unless the last is younger than args.checkpoint_every seconds.
+        """Save a checkpoint, unless the last is less than args.checkpoint_every seconds old.
 
-        stateful: {name: object with state_dict()}; history: a list that JSON can hold.
+        stateful: {name: object with state_dict()}; history: a JSON-serializable list.
         """
         if rank() or time.monotonic() - self.saved < self.args.checkpoint_every:
             return
@@ -371,7 +371,7 @@ class Run:
         self.saved = time.monotonic()
 
     def restore(self, stateful):
-        """Load the states of this run's checkpoint and return its history; [] if there is none that fits."""
+        """Load the states of this run's checkpoint and return its history, or [] if none matches."""
         content = on_rank0(lambda: self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
         if not content:
             return []
@@ -392,7 +392,7 @@ class Run:
 
 
 def finished(path, dataset):
-    """The result at `path`, or None; one that is damaged or of other images is named and counts as absent."""
+    """The result at `path`, or None. A damaged one, or one from different images, is reported and ignored."""
     if not path.exists():
         return None
     try:
@@ -400,16 +400,16 @@ def finished(path, dataset):
         if result["version"] == 1 and result["test"] and result["history"]:
             if result["data"]["fingerprint"] == dataset.fingerprint:
                 return result
-            print(f"{path} is a result of other images ({dataset.name} has changed): running again")
+            print(f"{path} comes from different images ({dataset.name} has changed): running again")
             return None
     except (ValueError, LookupError, TypeError, RecursionError):
         pass
-    print(f"{path} is not a result file, or damaged: running again")
+    print(f"{path} is damaged or not a result file: running again")
     return None
 
 
 def environment(run):
-    """Versions, device and commit of this code, for a result file."""
+    """Versions, device and this code's commit, for the result file."""
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here), "rev-parse", "HEAD"]
     try:
@@ -432,7 +432,7 @@ def environment(run):
 
 
 def processor():
-    """The name of the CPU; platform knows it on few systems."""
+    """The CPU's model name, which `platform` knows on few systems."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
@@ -440,7 +440,7 @@ def processor():
 
 
 def peak_memory_bytes(device):
-    """The most memory held: on the GPU during this run, else by the process so far."""
+    """Peak memory: of the GPU during this run, otherwise of the process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -455,12 +455,12 @@ def peak_memory_bytes(device):
 
 
 def run_seeds(args, name, load, train):
-    """Run the seeds that have no result yet, one after the other. Returns {seed: result}.
+    """Run the seeds that have no result yet, in sequence. Returns {seed: result}.
 
-    load(args, device) returns the data set; train(run) the content of seed<k>.pt and its part of seed<k>.json.
+    load(args, device) returns the data set; train(run) the contents of seed<k>.pt and part of seed<k>.json.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) != world_size():
-        raise ValueError("only train.py runs under torchrun: start this script alone, one process a GPU")
+        raise ValueError("only train.py supports torchrun: start this script directly, one process per GPU")
     device = use_device(args.device)
     compute_dtype(args, device)  # raises before the data set is loaded
     make_repeatable()
@@ -470,7 +470,7 @@ def run_seeds(args, name, load, train):
         with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
             results[seed] = None if args.force else on_rank0(finished, path, dataset)
             if results[seed]:
-                print(f"{name} seed {seed}: skipped, its result is there ({path}); --force runs it again")
+                print(f"{name} seed {seed}: skipped, its result exists ({path}); --force runs it again")
             else:
                 print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
                 results[seed] = run_seed(Run(args, seed, dataset, device, path), train)
@@ -478,7 +478,7 @@ def run_seeds(args, name, load, train):
 
 
 def run_seed(run, train):
-    """Train and test one seed; write and return its result."""
+    """Train and test one seed; write and return the result."""
     if run.args.force and rank() == 0:
         run.checkpoint.unlink(missing_ok=True)
     if run.device.type == "cuda":

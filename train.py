@@ -1,14 +1,14 @@
-"""Train one network on 32x32 images; test it; write what happened to results/<run>/seed<k>.json.
+"""Train and test one network on 32x32 images; write metrics and settings to results/<run>/seed<k>.json.
 
     python train.py --data synthetic --epochs 3                   # runs anywhere, in a minute
-    python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, fetched at the first run
+    python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, downloaded at the first run
     python train.py --data path/to/folder --arch custom --seed 1 2 3
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
     torchrun --standalone --nproc_per_node=2 train.py --arch resnet18    # one network on two GPUs
 
-Defaults reproduce the recipe of the slides: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. A run that
-already has a result is skipped; an interrupted run resumes. A new optimizer is a line in OPTIMIZERS, a new network an entry
-of models.ARCHITECTURES, a new augmentation one of augment.AUGMENTATIONS, a new row of a table a line of study.py.
+Defaults reproduce the slides' recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished
+runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network,
+models.ARCHITECTURES; an augmentation, augment.AUGMENTATIONS; a table row, the table in study.py.
 """
 
 import functools
@@ -37,19 +37,19 @@ OPTIMIZERS = {
     "rmsprop": torch.optim.RMSprop,
     "nadam": torch.optim.NAdam,
 }
-FUSED = ("adam", "adamw", "sgd")  # one kernel a step, no device synchronization: these can be captured
+FUSED = ("adam", "adamw", "sgd")  # one kernel per step, no device synchronization: can be captured
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
-EVALUATION_BATCH = {"cpu": 256}  # fits its cache; else 512, which keeps a GPU busy within 8 GiB
+EVALUATION_BATCH = {"cpu": 256}  # fits the CPU's cache; else 512, which keeps a GPU busy within 8 GiB
 
 
 # Metrics
 
 
 def confusion_matrix(predictions, labels, num_classes):
-    """Count predictions (columns) of every true class (rows), without device synchronization.
+    """Count predictions (columns) for each true class (rows), without device synchronization.
 
-    predictions, labels: int64 (N,), on one device. Returns int64 (num_classes, num_classes). A product of one-hot
-    matrices: exact below 2**24 images, and a few kernels, where deterministic algorithms sort for index_add_.
+    predictions, labels: int64 (N,), on one device. Returns int64 (num_classes, num_classes). A product of
+    one-hot matrices: exact below 2**24 images, and only a few kernels; a deterministic index_add_ sorts.
     """
     classes = torch.arange(num_classes, device=labels.device)
     true, predicted = ((values[:, None] == classes).float() for values in (labels, predictions))
@@ -59,8 +59,8 @@ def confusion_matrix(predictions, labels, num_classes):
 def metrics(confusion, loss):
     """METRICS as floats, from a confusion matrix int64 (C, C) and the mean loss.
 
-    Precision, recall and F1 are macro averages over the classes that occur among labels or predictions; a ratio with
-    denominator 0 counts as 0: scikit-learn's average="macro", zero_division=0.
+    Precision, recall and F1 are macro averages over the classes that occur in labels or predictions; a ratio
+    with denominator 0 counts as 0, as in scikit-learn with average="macro", zero_division=0.
     """
     confusion = confusion.cpu().double()  # float64 on the host only: MPS has none
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -79,7 +79,7 @@ def metrics(confusion, loss):
 
 
 class Totals:
-    """Loss and confusion matrix of an epoch, summed on the device and read once, at its end."""
+    """An epoch's loss and confusion matrix, summed on the device and read once, at its end."""
 
     def __init__(self, num_classes, device):
         dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -96,7 +96,7 @@ class Totals:
         self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
 
     def metrics(self):
-        """METRICS over all processes, once. Synchronizes with the device."""
+        """METRICS over all processes; call it once. Synchronizes with the device."""
         if dist.is_initialized():
             dist.all_reduce(self.loss)
             dist.all_reduce(self.confusion)
@@ -107,8 +107,8 @@ class Totals:
 
 
 def make_optimizer(parameters, args, device):
-    """The optimizer of OPTIMIZERS with args.lr, args.weight_decay and, for sgd (Nesterov's) and rmsprop, args.momentum.
-    With a schedule, norms and biases have no weight decay."""
+    """The optimizer named in args, with args.lr, args.weight_decay and, for sgd (Nesterov) and rmsprop,
+    args.momentum. With a schedule, norms and biases have no weight decay."""
     options = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.momentum:
         options |= {"momentum": args.momentum, **({"nesterov": True} if args.optimizer == "sgd" else {})}
@@ -119,21 +119,21 @@ def make_optimizer(parameters, args, device):
         ]
     if args.optimizer in FUSED and device.type in ("cpu", "cuda"):
         options["fused"] = True
-        if device.type == "cuda" and args.optimizer != "sgd":  # sgd has no such option: it counts no steps
+        if device.type == "cuda" and args.optimizer != "sgd":  # sgd has no step count to capture
             options["capturable"] = True
     return OPTIMIZERS[args.optimizer](parameters, **options)
 
 
 def one_cycle(step, steps):
-    """The share of the peak learning rate at step 0, 1, ... of a run: up linearly over the first fifth, then down
-    linearly to zero after the last. It depends only on the step, so that a resumed run continues it. After Smith and
-    Topin, 2018, arXiv:1708.07120, with constant momentum."""
+    """The learning rate at step 0, 1, ... of a run, as a fraction of its peak: linearly up over the first
+    fifth, then linearly down, to zero after the last step. Depends only on the step, so that resumed runs
+    continue it. After Smith and Topin, 2018, arXiv:1708.07120, with constant momentum."""
     top = max(1, steps // 5)
     return (step + 1) / top if step < top else (steps - step) / (steps - top + 1)
 
 
 def set_learning_rate(optimizer, rate):
-    """Give every parameter group a learning rate; a tensor, which a captured step reads, is filled in place."""
+    """Set every parameter group's learning rate, in place if it is a tensor, which a captured step reads."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
@@ -152,15 +152,15 @@ def mixed_precision(run):
 
 
 def is_captured(args, device):
-    """Whether the training step becomes a CUDA graph."""
+    """Whether the training step is captured in a CUDA graph."""
     return args.graph and device.type == "cuda" and args.optimizer in FUSED and runs.world_size() == 1
 
 
 class CapturedStep:
-    """step(inputs, labels, weight) as a CUDA graph: recorded once, then replayed by one launch instead of hundreds.
+    """step(inputs, labels, weight) as a CUDA graph: captured once, then replayed by one launch, not hundreds.
 
-    Batches of another size than the first run `step` itself, and so do the first three of its size: PyTorch asks for a
-    warm-up on a side stream. Whatever `step` changes has to stay at its place in memory, and `weight` be constant.
+    Batches of a different size than the first run `step` eagerly, as do the first three of that size: PyTorch
+    requires a warm-up on a side stream. Tensors that `step` changes must stay in place, `weight` constant.
     """
 
     WARM_UP = 3
@@ -205,15 +205,15 @@ class CapturedStep:
 
 @functools.cache
 def side_stream(device):
-    """One stream for the process: each stream has a cuBLAS workspace of its own."""
+    """One stream per process, since each stream has its own cuBLAS workspace."""
     return torch.cuda.Stream(device)
 
 
 def compiled(network):
-    """The network by torch.compile, for batches of the size of the first; others, such as a short last one, run as they are,
-    since every batch size is compiled separately. Raises ValueError where there is no compiler."""
+    """The network compiled for its first batch's size; others, such as a short last batch, run eagerly, since
+    each size is compiled separately. Raises ValueError if there is no compiler."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
-        raise ValueError("--compile needs a C++ compiler, and there is none: install g++, or leave it out")
+        raise ValueError("--compile needs a C++ compiler, and none was found: install g++, or omit --compile")
     fast, sizes = torch.compile(network, dynamic=False), []
 
     def forward(inputs):
@@ -227,7 +227,7 @@ def compiled(network):
 def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     """Train for len(steps) epochs, resuming from the run's checkpoint. Returns the history, a list of epochs.
 
-    steps: batches in each epoch; train_batches(epoch) and valid_batches() yield (inputs, labels) on the device.
+    steps: batches per epoch; train_batches(epoch) and valid_batches() yield (inputs, labels) on the device.
     """
     args, device, epochs, total_steps = run.args, run.device, len(steps), sum(steps)
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], args, device)
@@ -237,7 +237,7 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     network, totals = runs.distribute(model), Totals(num_classes, device)
     if args.compile:
         network = compiled(network)
-    process = (runs.rank(),) if runs.rank() else ()  # each draws dropout of its own
+    process = (runs.rank(),) if runs.rank() else ()  # each draws its own dropout
 
     def step(inputs, labels, weight):
         with autocast:
@@ -256,11 +256,11 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
             rate = torch.full((), args.lr, device=device)
     elif device.type == "cuda":
         print("CUDA graphs are disabled: they need adam, adamw or sgd, one process, and no --no-graph")
-    for group in optimizer.param_groups:  # a checkpoint's is the last one
+    for group in optimizer.param_groups:  # a checkpoint holds the last step's
         group["lr"] = rate
 
     for epoch in range(len(history) + 1, epochs + 1):
-        torch.manual_seed(data.seed_from(run.seed, epoch, "dropout", *process))  # resumed runs draw the same
+        torch.manual_seed(data.seed_from(run.seed, epoch, "dropout", *process))  # the same in a resumed run
         model.train()
         totals.reset()
         started, images = time.monotonic(), 0
@@ -320,7 +320,7 @@ def epoch_line(entry, epochs):
 
 
 def train(run):
-    """One supervised run. Returns the weights tested and the run's part of a result file."""
+    """One supervised run. Returns the tested weights and the run's part of the result file."""
     args, dataset = run.args, run.dataset
     if args.arch != "custom" and min(args.batch_size, len(dataset.train.labels)) == 1:
         raise ValueError(f"{args.arch} cannot train on one image at a time (batch norm): raise --batch-size")
@@ -346,7 +346,7 @@ def train(run):
 
 
 def evaluation_batches(run, split):
-    """Batches of (images, labels) in order, not augmented."""
+    """Batches of (images, labels), in order and not augmented."""
     size = EVALUATION_BATCH.get(run.device.type, 512)
     return data.batches(split, run.dataset, run.device, data.plan(len(split.labels), size))
 
@@ -357,8 +357,8 @@ def describe(model, run):
 
 
 def test_mirrored(args, name, results):
-    """Add `test_tta` to the results that lack it: the test of the saved weights, averaged over each image and its mirror
-    image."""
+    """Add `test_tta` to results that lack it: test metrics of the saved weights, with logits averaged over
+    each image and its mirror image."""
     device = runs.use_device(args.device)
     for seed, result in results.items():
         if "test_tta" not in result:
@@ -385,7 +385,7 @@ class Mirrored(torch.nn.Module):
 
 
 def load(args, device):
-    """The data set of the arguments, on the device where it fits."""
+    """The data set that the arguments name, on the device if it fits."""
     dataset = data.load(args.data, args.root, args.fraction, args.classes)
     print(data.describe(dataset))
     return dataset._replace(**{name: data.to_device(getattr(dataset, name), device) for name in data.SPLITS})
@@ -406,7 +406,7 @@ def print_results(name, results):
 
 
 def add_training_arguments(parser):
-    """Optimizer and loss, as on the slides; every script has them."""
+    """Optimizer and loss, with the slides' defaults; shared by every script."""
     group = parser.add_argument_group("optimizer")
     add, positive, share = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, True)
     add("--lr", type=positive, default=0.001, help="learning rate (default: %(default)s)")
@@ -414,15 +414,15 @@ def add_training_arguments(parser):
     add("--momentum", type=share, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
     add("--weight-decay", type=runs.number(float, 0, inclusive=True), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
-        help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down to zero, and no "
-        "weight decay for norms and biases")  # fmt: skip
-    add("--compile", action="store_true", help="compile the network (torch.compile): minutes before the first "
-        "step; measure whether it pays on your machine")  # fmt: skip
+        help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down "
+        "to zero, without weight decay for norms and biases")  # fmt: skip
+    add("--compile", action="store_true", help="compile the network (torch.compile), which takes minutes; "
+        "measure whether it pays off on your machine")  # fmt: skip
     add("--label-smoothing", type=share, default=0.0, help="label smoothing factor (default: 0)")
 
 
 def add_epoch_arguments(parser):
-    """The length of supervised training. Returns the group."""
+    """The arguments for the length of training. Returns their group."""
     group = parser.add_argument_group("epochs")
     group.add_argument("--epochs", type=runs.number(int, 0), default=10, help="(default: %(default)s)")
     group.add_argument("--batch-size", type=runs.number(int, 0), default=64, help="(default: %(default)s)")
@@ -430,9 +430,9 @@ def add_epoch_arguments(parser):
 
 
 def check_arguments(args):
-    """Raise ValueError for an optimizer without momentum; give --classes one spelling."""
+    """Raise ValueError for momentum that the optimizer lacks; put --classes into one spelling."""
     if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
-        raise ValueError(f"--momentum: {args.optimizer} has none; only sgd and rmsprop do")
+        raise ValueError(f"--momentum: {args.optimizer} has none, only sgd and rmsprop do")
     if args.classes and args.classes not in data.GROUPS:
         args.classes = ",".join(sorted(data.class_names(args.classes)))
 
@@ -446,24 +446,24 @@ def make_parser():
     )
     add("--arch", default="custom", choices=architectures, help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    add("--stem", default="imagenet", choices=("imagenet", "small"), help="of torchvision's networks; small: a 3x3 convolution "
-        "of stride 1 and no max-pool, for 32x32 images (default: %(default)s)")  # fmt: skip
-    add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="custom network only: rate k after each block, "
-        "min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
+    add("--stem", default="imagenet", choices=("imagenet", "small"), help="torchvision's networks only; "
+        "small: 3x3 convolution of stride 1, no max-pool, for 32x32 (default: %(default)s)")  # fmt: skip
+    add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="custom network only: rate k "
+        "after each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     names = ", ".join(augment.NAMES)
     add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")
-    add("--tta", default="none", choices=("none", "flip"), help="flip: also test the mean over each image and its mirror image; "
-        "a finished run is not trained again for it (default: %(default)s)")  # fmt: skip
+    add("--tta", default="none", choices=("none", "flip"), help="flip: also test with logits averaged over "
+        "each image and its mirror image, without retraining (default: %(default)s)")  # fmt: skip
     group = add_epoch_arguments(parser)
     group.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N",
-        help="batches per epoch; a small training set is repeated to fill them (default: one pass)")  # fmt: skip
+        help="batches per epoch; a small training set is repeated (default: one pass)")  # fmt: skip
     add_training_arguments(parser)
     runs.add_arguments(parser)
     return parser
 
 
 def run_name(args):
-    """The folder of a run of `train`."""
+    """The folder name of a run of `train`."""
     return runs.run_name((args.arch, args.aug), data.named(args), vars(make_parser().parse_args([])))
 
 

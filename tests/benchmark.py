@@ -1,6 +1,6 @@
-"""How fast it is here: ours and the others in turn, on the same images; medians of several rounds.
+"""Benchmark our code against alternatives, in turn and on the same images; medians of several rounds.
 
-    python tests/benchmark.py                            # all of it; or one or several of these:
+    python tests/benchmark.py                            # everything, or one or several of these:
     python tests/benchmark.py train                      # every architecture, against the plain recipe
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
     python tests/benchmark.py augment                    # every augmentation, against other libraries
@@ -8,9 +8,9 @@
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 3 --json train.json
 
-Our training is `train.fit` itself, and its rate is the one in its history. The plain recipe is training as it is
-usually written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
-Kornia is measured where it is installed. Files are written to a temporary folder only.
+Our training is `train.fit` itself; its rate comes from its history. The plain recipe is training as usually
+written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
+Kornia is measured if it is installed. Files are written to a temporary folder only.
 """
 
 import argparse
@@ -45,9 +45,9 @@ import models
 import runs
 import train
 
-PER_IMAGE = 64  # images for what takes one after the other: its rate does not depend on their number
+PER_IMAGE = 64  # images for libraries that process one at a time: their rate does not depend on the number
 FILES = 4000  # image files decoded, at most
-EPISODE = 75  # images: of five classes five for support and ten to classify
+EPISODE = 75  # images: five support and ten query images of each of five classes
 
 
 # Measuring
@@ -61,7 +61,7 @@ def synchronize():
 
 
 def per_second(count, work):
-    """A function that returns how many a second work() does, if it does `count`."""
+    """A function that times work(), which processes `count` items, and returns items/s."""
 
     def rate():
         synchronize()
@@ -74,8 +74,8 @@ def per_second(count, work):
 
 
 def compare(what, ways, rounds, warm_up=1):
-    """A row of a table: medians of what the functions in {name: function} return, called in turn, round after round, of
-    which the first `warm_up` are not counted; and the ratio of ours to the highest of the others."""
+    """A table row: medians of what the functions in ways, {name: function}, return, called in turn in each of
+    `rounds` rounds after `warm_up` uncounted ones; and the ratio of ours to the highest other."""
     found = {name: [] for name in ways}
     for _ in range(warm_up + rounds):
         for name, way in ways.items():
@@ -98,7 +98,7 @@ def show(rows):
         if "ratio" in row:
             table[-1].append(f"{row['ratio']:.1f}x {row['best']}")
     columns = max(map(len, table))
-    headers = ["", *names, "ours to the fastest other"][:columns]
+    headers = ["", *names, "ours / fastest other"][:columns]
     align = ["left", *["right"] * len(names), "left"][:columns]
     print(tabulate.tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align))
 
@@ -113,7 +113,7 @@ def our_run(args, dataset, parse, *options):
 
 
 def quietly(training, *arguments):
-    """Call a training function of ours as runs.run_seeds does, without what it prints."""
+    """Call one of our training functions as runs.run_seeds does, without its output."""
     runs.make_repeatable()
     with contextlib.redirect_stdout(io.StringIO()):
         return training(*arguments)
@@ -122,7 +122,7 @@ def quietly(training, *arguments):
 def our_training(run, steps):
     """A function that trains for some steps and returns images/s."""
     model = models.build(run.args.arch).to(run.device, memory_format=torch.channels_last)
-    # A first epoch, which does not count: on CUDA its steps record the graph
+    # The first epoch is not counted: on CUDA its steps capture the graph
     epochs, batches = [5 if run.device.type == "cuda" else 1, steps], endless(run)
 
     def train_batches(epoch):
@@ -132,7 +132,7 @@ def our_training(run, steps):
 
 
 def endless(run):
-    """Epoch after epoch of a run's training batches."""
+    """A run's training batches, epoch after epoch."""
     split, streams = run.dataset.train, augment.parse(run.args.aug)
     for epoch in itertools.count(1):
         plan = data.plan(len(split.labels), run.args.batch_size, run.seed, epoch)
@@ -143,7 +143,7 @@ def endless(run):
 
 
 def image_files(folder, images, labels):
-    """Write images as files into a folder that ImageFolder reads, which is returned."""
+    """Write images as files in ImageFolder's layout and return the folder."""
     for name in data.CLASSES:
         (folder / name).mkdir(parents=True)
     for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
@@ -153,7 +153,7 @@ def image_files(folder, images, labels):
 
 
 def undo_repeatable():
-    """Set PyTorch's defaults again after runs.make_repeatable, and let cuDNN choose the fastest kernels."""
+    """Restore PyTorch's defaults after runs.make_repeatable, and let cuDNN choose the fastest kernels."""
     torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = True
 
@@ -176,7 +176,7 @@ def plain_loader(folder, batch_size, device):
 
 
 def plain_training(loader, arch, device):
-    """A function that trains for an epoch, as it is usually written."""
+    """A function that trains for one epoch, as usually written."""
     model = models.build(arch).to(device)
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -204,8 +204,8 @@ class PlainAttention(torch.nn.MultiheadAttention):
 
 
 def plain_episodes(folder, count, options, device):
-    """A function that trains on `count` episodes as it is usually written: images decoded and augmented one by one,
-    PyTorch's attention, support and query images embedded one after the other."""
+    """A function that trains on `count` episodes, as usually written: images decoded and augmented singly,
+    PyTorch's attention, support and query images embedded separately."""
     policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     support_set = datasets.ImageFolder(folder, plain_transform())
     query_set = datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip(), policy))
@@ -236,11 +236,11 @@ def plain_episodes(folder, count, options, device):
     return epoch
 
 
-# The benchmarks: each takes args (device, rounds, images, folder) and returns the rows of its table
+# The benchmarks: each takes args (device, rounds, images, folder) and returns its table rows
 
 
 def benchmark_train(args):
-    """Images/s of training with flip, an epoch in turn. On CUDA also without a graph, and compiled."""
+    """Training images/s with flip, in alternating epochs. On CUDA also without graphs, and compiled."""
     batch_size = min(64, args.images)
     steps = args.images // batch_size
     dataset = data.synthetic((steps * batch_size, 10, 10))
@@ -264,7 +264,7 @@ def benchmark_train(args):
 
 
 def benchmark_fewshot(args):
-    """Episodes/s of 5-way 5-shot training with 10 query images a class."""
+    """Episodes/s of 5-way 5-shot training with 10 query images per class."""
     episodes = max(1, args.images // EPISODE)
     dataset = data.synthetic((1000, 150, 100))
     folder = image_files(args.folder / "train", *dataset.train)
@@ -282,8 +282,8 @@ def benchmark_fewshot(args):
 
 
 def benchmark_augment(args):
-    """Images/s of every augmentation, on batches of three sizes, of which --images is the largest."""
-    undo_repeatable()  # the other libraries know no deterministic mode
+    """Images/s of every augmentation, at three batch sizes, of which --images is the largest."""
+    undo_repeatable()  # the other libraries do not support deterministic mode
     rows, drawn = [], data.synthetic((1024, 10, 10)).train.images
     for count in sorted({min(size, args.images) for size in (64, 1024, args.images)}):
         images = drawn.repeat(-(-count // 1024), 1, 1, 1)[:count].to(args.device)
@@ -296,7 +296,7 @@ def benchmark_augment(args):
 
 
 def other_augmentations(name, images):
-    """{library: function that returns images/s} for those that have an augmentation."""
+    """{library: function that returns images/s} for the libraries that have this augmentation."""
     few = list(images[:PER_IMAGE])
     pil = [transforms.functional.to_pil_image(image.cpu()) for image in few]
     one = {
@@ -311,7 +311,7 @@ def other_augmentations(name, images):
     if one is None:
         return {}
     ways = {"torchvision tensor": per_second(len(few), lambda: [one(image) for image in few])}
-    if name != "cutout":  # RandomErasing takes no PIL image
+    if name != "cutout":  # RandomErasing takes no PIL images
         ways["torchvision PIL"] = per_second(len(few), lambda: [one(image) for image in pil])
     if importlib.util.find_spec("kornia"):
         import kornia.augmentation as kornia
@@ -331,8 +331,8 @@ def other_augmentations(name, images):
 
 
 def benchmark_data(args):
-    """Images/s of decoding a folder, of batches with flip and of training on them, from memory and from a file that
-    holds --images images."""
+    """Images/s of decoding a folder, of batches with flip and of training on them, from memory and from a
+    file of --images images."""
     some = data.synthetic((min(FILES, args.images), 100, 100))
     for name in ("train", "test"):
         image_files(args.folder / "images" / name, *getattr(some, name))
@@ -343,7 +343,7 @@ def benchmark_data(args):
     size = min(64, args.images)
     loader = plain_loader(args.folder / "images" / "train", size, args.device)
     plain = {"plain recipe": per_second(len(loader) * size, lambda: exhaust(loader))}
-    chunks = 1 if args.device.type == "cpu" else 64  # in a round of training; 16 in one of batches
+    chunks = 1 if args.device.type == "cpu" else 64  # per training round; 16 per batch round
     steps, batches = (min(args.images, many * data.CHUNK) // size for many in (chunks, 16))
     taking, training = {}, {}
     for name, split in splits.items():
@@ -365,7 +365,7 @@ def exhaust(batches, count=None):
 
 
 def data_file(path, count):
-    """A split of `count` random images that lie in a file."""
+    """A split of `count` random images stored in a file."""
     array = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 3, 32, 32))
     block = torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8).numpy()
     for start in range(0, count, len(block)):
@@ -375,8 +375,8 @@ def data_file(path, count):
 
 
 def benchmark_start(args):
-    """Seconds from the start of a process to the end of its first training step, on synthetic images and on --images
-    images that an earlier start has decoded; beside them, to the end of `import torch`."""
+    """Seconds from process start to the end of the first training step, on synthetic images and on --images
+    images decoded by an earlier start; for comparison, to the end of `import torch`."""
     folder, dataset = args.folder / "images", data.synthetic((min(args.images, FILES), 20, 20))
     rows = torch.arange(args.images) % len(dataset.train.labels)
     dataset = dataset._replace(train=data.Split(*(tensor[rows] for tensor in dataset.train)))
@@ -401,9 +401,7 @@ def first_step(args, source):
     with tempfile.TemporaryDirectory(dir=args.folder) as out:
         command = [sys.executable, HOUSE / "train.py", "--data", source, "--root", args.folder / "root"]
         command += ["--out", out, "--device", args.device, "--epochs", 1, "--steps-per-epoch", 1]
-        environment = os.environ | {
-            "TMPDIR": out
-        }  # where torch.compile makes a folder, even if it is not used
+        environment = os.environ | {"TMPDIR": out}  # torch.compile creates a folder there, even if unused
         started = time.perf_counter()
         process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, env=environment)
         with process:
@@ -421,7 +419,7 @@ def first_step(args, source):
 
 # Command line
 
-BENCHMARKS = {  # and --images on a CPU, and elsewhere
+BENCHMARKS = {  # function, and default --images on a CPU and on other devices
     "train": (benchmark_train, 320, 19_200),
     "fewshot": (benchmark_fewshot, 7_500, 15_000),
     "augment": (benchmark_augment, 16_384, 16_384),
@@ -436,10 +434,10 @@ def main():
     add, number = parser.add_argument, runs.number
     add("what", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="(default: %(default)s)")
     add("--device", default="auto", help="as for train.py (default: %(default)s)")
-    add("--rounds", type=number(int, 0), default=7, help="that count (default: %(default)s)")
-    add("--images", type=number(int, 32, inclusive=True), help="in a round, or in the file or folder of data and start "
-        "(default: enough for a steady rate)")  # fmt: skip
-    add("--json", type=Path, help="write the figures here too")
+    add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
+    add("--images", type=number(int, 32, inclusive=True), help="images per round; for data and start, in the "
+        "file or folder (default: enough for a steady rate)")  # fmt: skip
+    add("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     given = args.images
     try:

@@ -1,4 +1,4 @@
-"""What the tests share: scripts run as a user runs them, and small folders of real image files."""
+"""What the tests share: running scripts as a user does, and small folders of real image files."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# With pytest-xdist the workers share the cores; before torch is imported, which reads it
+# pytest-xdist workers share the cores; set before importing torch, which reads it
 os.environ.setdefault(
     "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 )
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HOUSE = Path(__file__).resolve().parent.parent
 
 
-# Reads a command a line, and runs it in a fork: a process of its own that need not import torch again
+# Reads one command per line and runs it in a fork: a separate process that need not import torch again
 SERVER = """
 import json, os, runpy, signal, sys, traceback
 import torch._dynamo, torchvision
@@ -64,7 +64,7 @@ def forks():
 
 @pytest.fixture
 def run(tmp_path, tmp_path_factory, forks):
-    """run("train.py", "--epochs", 1, ...) -> CompletedProcess, in an empty folder; `code` runs before main."""
+    """run("train.py", "--epochs", 1, ...) -> CompletedProcess, in an empty folder; `code` runs first."""
 
     def run(script, *arguments, code=None, cwd=tmp_path, **environment):
         shown = tmp_path_factory.mktemp("shown")
@@ -88,7 +88,7 @@ def run(tmp_path, tmp_path_factory, forks):
 
 @pytest.fixture
 def one_line():
-    """Assert that a process ended with a status and one line that holds the given words."""
+    """Assert that a process ended with a status and one line that contains the given words."""
 
     def check(process, status, *words):
         assert process.returncode == status, process.stderr
@@ -127,7 +127,7 @@ def tiny(image_folder):
 
 
 def results(folder):
-    """Every result file below a folder, times and memory aside."""
+    """Every result file below a folder, without what may differ between runs, such as times and memory."""
     found = {}
     for path in sorted(folder.rglob("seed*.json")):
         result = json.loads(path.read_text())
@@ -157,8 +157,8 @@ def assert_same_bits(first, second):
 
 
 class FarDevice(TorchDispatchMode):
-    """Device `meta` as if it were a GPU without float64: an operation that makes float64 there fails, and what the host
-    reads from there (as ones) is counted by name in `reads`."""
+    """Treats device `meta` as a GPU without float64: operations that create float64 there fail, and reads by
+    the host, which return ones, are listed by name in `reads`."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +188,7 @@ class FarDevice(TorchDispatchMode):
 
 
 class Reads(TorchDispatchMode):
-    """Counts, by name, operations that on a GPU would make the host wait for a value or a size."""
+    """Lists, by name, operations that on a GPU would make the host wait for a value or a size."""
 
     def __init__(self):
         super().__init__()
@@ -212,6 +212,6 @@ class Reads(TorchDispatchMode):
 
 
 def pytest_collection_modifyitems(items):
-    """First the tests that start no script: most failures show within a minute."""
+    """Run tests that start no script first: most failures then show within a minute."""
     slow = ("test_trust.py", "test_study.py", "test_benchmark.py")
     items.sort(key=lambda item: "run" in item.fixturenames or item.path.name in slow)

@@ -25,7 +25,7 @@ MANY = 20_000
 
 @pytest.fixture(params=["32x32", "20x33", "channels_last"])
 def images(request):
-    """Drawn shapes and noise, as wide as high or not, in both layouts."""
+    """Synthetic images and noise, square or not, in both layouts."""
     height, width = (20, 33) if request.param == "20x33" else (32, 32)
     drawn = data.synthetic((40, 10, 10)).train.images[:, :, :height]
     drawn = torch.nn.functional.pad(drawn, (0, width - 32))
@@ -45,13 +45,13 @@ def levels(values, signed, count=80):
 
 
 def assert_equal(ours, theirs, within=0, share=0.0):
-    """At most `within` of 255 apart, but for a share of the values."""
+    """At most `within` of 255 apart, except for a share of the values."""
     theirs = torch.stack(theirs)
     assert ours.dtype == torch.uint8 and ours.shape == theirs.shape
     assert ((ours.int() - theirs.int()).abs() > within).float().mean() <= share
 
 
-# Given the parameters: torchvision's functional form, image by image
+# With given parameters: against torchvision's functional API, image by image
 
 
 def test_flip_equals_torchvision(images):
@@ -67,7 +67,7 @@ def test_rotation_equals_torchvision_image_by_image(images):
 
 
 def test_shear_equals_torchvision_image_by_image(images):
-    """Also at the levels of AutoAugment, where many pixels are ties in rounding."""
+    """Also at AutoAugment's magnitudes, where many pixels are rounding ties."""
     for level in (uniform(-0.5, 0.5), levels(torch.linspace(0, 0.3, 10), True)):
         for x, y in ((level, level * 0), (level * 0, level)):
             theirs = [
@@ -204,7 +204,7 @@ def test_the_operations_and_magnitudes_are_torchvisions():
     }
 
 
-# In distribution: 20,000 images against 20,000 draws of torchvision's own
+# In distribution: 20,000 images against 20,000 of torchvision's draws
 
 
 def same_continuous(ours, theirs):
@@ -212,7 +212,7 @@ def same_continuous(ours, theirs):
 
 
 def same_discrete(ours, theirs):
-    """Chi-squared on two lists of hashable things; what is seen fewer than ten times counts as one."""
+    """Chi-squared test on two lists of tuples; values seen fewer than ten times are pooled."""
     ours, theirs = (list(map(tuple, part)) for part in (ours, theirs))
     kinds = {kind: number for number, kind in enumerate(sorted(set(ours) | set(theirs)))}
     table = torch.stack([torch.bincount(torch.tensor([kinds[k] for k in part]), minlength=len(kinds)).double()
@@ -268,11 +268,11 @@ def test_translations_are_torchvisions_padded_crops(generator, monkeypatch):
     ],
 )
 def test_crops_are_drawn_as_torchvision_does_with_its_retries(size, scale, ratio, generator):
-    """The last case never fits: all of it is the fall-back."""
+    """The last case never fits and always takes the fallback."""
     ours = torch.stack(augment.draw_crop(MANY, *size, generator, scale, ratio), 1).long().tolist()
     image = torch.zeros(3, *size)
     theirs = [transforms.RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(MANY)]
-    for part in ((0,), (1,), (2, 3)):  # place and size of the box
+    for part in ((0,), (1,), (2, 3)):  # position and size of the box
         assert same_discrete([[b[i] for i in part] for b in ours], [[b[i] for i in part] for b in theirs])
 
 
@@ -292,7 +292,7 @@ def test_cutouts_are_drawn_as_torchvision_does_with_its_retries(size, scale, gen
         assert same_discrete([[b[i] for i in part] for b in ours], [[b[i] for i in part] for b in theirs])
 
 
-def test_half_of_the_images_are_cut_out(generator):
+def test_half_of_the_images_get_a_cutout(generator):
     height = augment.draw_cutout(MANY, 32, 32, generator)[2]
     assert stats.binomtest(int((height > 0).sum()), MANY, 0.5).pvalue > 1e-3
 
@@ -335,7 +335,7 @@ def test_autoaugment_is_drawn_as_torchvision_does(generator):
 
 
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
-def test_every_image_and_every_call_draws_its_own_and_a_seed_repeats(name):
+def test_every_image_and_every_call_is_drawn_anew_and_a_seed_repeats(name):
     function = augment.AUGMENTATIONS[name]
     image = data.synthetic((10, 10, 10)).train.images[3]
     images = image.expand(64, -1, -1, -1)
@@ -348,14 +348,14 @@ def test_every_image_and_every_call_draws_its_own_and_a_seed_repeats(name):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
-def test_any_size_and_layout_goes_in_and_the_same_comes_out(name, layout):
+def test_any_size_and_layout_is_accepted_and_kept(name, layout):
     function = augment.AUGMENTATIONS[name]
     for shape in ((0, 3, 32, 32), (1, 3, 1, 1), (3, 3, 2, 5), (300, 3, 17, 9), (2, 3, 64, 48)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=layout)
         before = images.clone()
         out = function(images, torch.Generator().manual_seed(1))
         assert out.shape == shape and out.dtype == torch.uint8 and torch.equal(images, before)
-        if len(out):  # without pixels there is no layout
+        if len(out):  # an empty tensor has no layout
             assert out.is_contiguous(memory_format=layout) and out.data_ptr() != images.data_ptr()
 
 
@@ -405,7 +405,7 @@ def test_names_are_parsed_in_order_and_hybrid_has_two_streams():
 
 
 class Watch(TorchDispatchMode):
-    """Counts copies from the CPU to "meta", a device without data: reading it raises, and so does float64."""
+    """Counts copies from the CPU to "meta", a device without data: reading it raises, as does float64."""
 
     copies = 0
 
@@ -427,7 +427,7 @@ STREAMS = [*UPLOADS, "hybrid", "translate+autoaugment", "+".join(UPLOADS)]
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_on_a_device_there_is_no_float64_no_read_and_a_copy_or_two_of_the_parameters(name, monkeypatch):
+def test_on_a_device_there_is_no_float64_no_read_and_few_copies_of_parameters(name, monkeypatch):
     uploaded, upload = [], augment._upload
 
     def counted(parameters, device):
@@ -462,7 +462,7 @@ def test_on_a_gpu_there_is_no_device_synchronization(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Wrong images
+# Invalid images
 
 
 PUBLIC = [
@@ -474,7 +474,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize("kind", ["one image", "grey", "float"])
 @pytest.mark.parametrize("name", PUBLIC)
-def test_one_image_grey_images_and_floats_are_refused_by_every_augmentation(name, kind):
+def test_one_image_grey_images_and_floats_are_rejected_by_every_augmentation(name, kind):
     function = getattr(augment, name)
     wrong = {
         "one image": torch.zeros(3, 32, 32, dtype=torch.uint8),
@@ -484,7 +484,7 @@ def test_one_image_grey_images_and_floats_are_refused_by_every_augmentation(name
     _, *others = inspect.signature(function).parameters.values()
     needed = [other for other in others if other.default is other.empty]
     arguments = [torch.Generator() if other.name == "generator" else torch.ones(4) for other in needed]
-    shown = re.escape(f"images must be uint8 (N, 3, H, W), these are {wrong.dtype} {tuple(wrong.shape)}")
+    shown = re.escape(f"images must be uint8 (N, 3, H, W), not {wrong.dtype} {tuple(wrong.shape)}")
     with pytest.raises(TypeError, match=shown):
         function(wrong, *arguments)
 
@@ -500,14 +500,14 @@ def peak_memory():
 def test_memory_stays_under_12_times_the_inputs_bytes(name):
     images = torch.randint(0, 256, (16384, 3, 32, 32), dtype=torch.uint8)
     augment.AUGMENTATIONS[name](images[:256], torch.Generator())
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed would not count
-    Path("/proc/self/clear_refs").write_text("5")  # from here on
+    ctypes.CDLL(None).malloc_trim(0)  # reusing what earlier tests freed would not count
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_memory()
     augment.AUGMENTATIONS[name](images, torch.Generator())
-    assert 0.9 * images.nbytes < peak_memory() - before < 12 * images.nbytes  # the new images at least
+    assert 0.9 * images.nbytes < peak_memory() - before < 12 * images.nbytes  # at least the new images
 
 
-def test_file_works_alone_in_another_project_and_so_do_readmes_lines(tmp_path):
+def test_file_and_readmes_example_work_alone_in_another_project(tmp_path):
     shutil.copy(HOUSE / "augment.py", tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
     (snippet,) = (text for text in snippets if "import augment" in text)
@@ -540,7 +540,7 @@ def test_pictures_without_matplotlib_or_image_are_one_line(run, one_line):
 
 
 @pytest.mark.parametrize("folder", [True, False])
-def test_pictures_by_a_lone_copy_are_one_line_even_beside_a_folder_called_data(folder, tmp_path, one_line):
+def test_pictures_by_a_lone_copy_are_one_line_even_beside_a_folder_named_data(folder, tmp_path, one_line):
     shutil.copy(HOUSE / "augment.py", tmp_path)
     if folder:
         (tmp_path / "data").mkdir()  # import data would take it for a package

@@ -24,16 +24,16 @@ import data
 import runs
 
 CPU = torch.device("cpu")
-PLAIN = SimpleNamespace(mean=(0, 0, 0), std=(1, 1, 1))  # whose images are only divided by 255
+PLAIN = SimpleNamespace(mean=(0, 0, 0), std=(1, 1, 1))  # only divides images by 255
 
 
 def batches(split, size, seed=None, epoch=0, dataset=PLAIN, streams=((),)):
-    """One epoch as `train.train` asks for it."""
+    """One epoch, as `train.train` requests it."""
     plan = data.plan(len(split.labels) * len(streams), size, seed, epoch)
     return data.batches(split, dataset, CPU, plan, streams, (seed, epoch))
 
 
-def test_synthetic_is_always_the_same_balanced_and_colour_does_not_tell_the_class():
+def test_synthetic_is_always_the_same_balanced_and_not_separable_by_colour():
     first, second = data.synthetic(), data.synthetic()
     assert first.classes == data.CLASSES
     for name, count in zip(data.SPLITS, (2000, 500, 1000), strict=True):
@@ -42,7 +42,7 @@ def test_synthetic_is_always_the_same_balanced_and_colour_does_not_tell_the_clas
         assert torch.equal(split.images, getattr(second, name).images)
         assert torch.bincount(split.labels).tolist() == [count // 10] * 10
     assert not torch.equal(first.train.images[:500], first.valid.images)
-    # the nearest mean colour finds the class hardly more often than a guess
+    # classifying by the nearest mean colour is hardly better than chance
     train, test = (s.images.float().mean((2, 3)) for s in (first.train, first.test))
     centres = torch.stack([train[first.train.labels == c].mean(0) for c in range(10)])
     assert (torch.cdist(test, centres).argmin(1) == first.test.labels).float().mean() < 0.25
@@ -72,7 +72,7 @@ def test_many_files_are_decoded_in_order_by_many_processes(tmp_path):
     assert (train.images[:, 0, 0, 0] + 256 * train.images[:, 1, 5, 5].long()).tolist() == list(range(2600))
 
 
-def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_anew(
+def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_again(
     image_folder, tmp_path, monkeypatch
 ):
     folder = image_folder()
@@ -85,7 +85,7 @@ def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_anew(
     Image.new("RGB", (32, 32), (1, 2, 3)).save(changed)
     third = data.load(str(folder), tmp_path / "root")
     assert third.train.images[0, :, 4, 4].tolist() == [1, 2, 3]
-    assert len(list((tmp_path / "root" / "cache").iterdir())) == 1  # the old one is cleared away
+    assert len(list((tmp_path / "root" / "cache").iterdir())) == 1  # the old one is removed
 
 
 def test_a_cache_is_complete_or_absent(image_folder, tmp_path):
@@ -98,7 +98,7 @@ def test_a_cache_is_complete_or_absent(image_folder, tmp_path):
 
 @pytest.mark.parametrize("how", ["cut", "header", "empty", "missing"])
 @pytest.mark.parametrize("file", ["train-images.npy", "test-labels.npy", "meta.json"])
-def test_a_damaged_cache_is_named_and_decoded_again(file, how, image_folder, tmp_path, capsys):
+def test_a_damaged_cache_is_reported_and_decoded_again(file, how, image_folder, tmp_path, capsys):
     folder = image_folder()
     dataset = data.load(folder, tmp_path / "root")
     images = dataset.train.images.clone()
@@ -117,7 +117,7 @@ def test_a_damaged_cache_is_named_and_decoded_again(file, how, image_folder, tmp
     assert capsys.readouterr().out == ""
 
 
-def test_a_cache_of_another_version_is_made_again(image_folder, tmp_path, monkeypatch, capsys):
+def test_a_cache_of_another_version_is_rebuilt(image_folder, tmp_path, monkeypatch, capsys):
     folder = image_folder()
     data.load(folder, tmp_path / "root")
     monkeypatch.setattr(data, "CACHE_VERSION", data.CACHE_VERSION + 1)
@@ -127,7 +127,7 @@ def test_a_cache_of_another_version_is_made_again(image_folder, tmp_path, monkey
     assert capsys.readouterr().out == ""
 
 
-def test_a_finished_cache_is_read_from_a_folder_that_cannot_be_written(image_folder, tmp_path, monkeypatch):
+def test_a_finished_cache_is_read_from_a_read_only_folder(image_folder, tmp_path, monkeypatch):
     folder = image_folder()
     first = data.load(folder, tmp_path / "root")
     monkeypatch.setattr(runs, "exclusive", lambda path: pytest.fail("a lock is a file"))
@@ -218,7 +218,7 @@ def test_other_sizes_are_resized_as_pil_does(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"text", "cut", "bomb"])
-def test_unreadable_images_are_named(content, tmp_path):
+def test_unreadable_images_are_reported(content, tmp_path):
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), (9, 9, 9)).save(buffer, "PNG")
     if content == "cut":
@@ -240,7 +240,7 @@ def test_without_valid_a_tenth_of_train_is_held_out(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.01, 0.1, 0.5])
-def test_fraction_keeps_as_many_of_every_class(fraction):
+def test_fraction_keeps_the_same_number_of_every_class(fraction):
     whole, part = data.load("synthetic"), data.load("synthetic", fraction=fraction)
     assert torch.bincount(part.train.labels).tolist() == [max(1, round(200 * fraction))] * 10
     assert len(part.valid.labels) == 500 and len(part.test.labels) == 1000
@@ -250,7 +250,7 @@ def test_fraction_keeps_as_many_of_every_class(fraction):
     assert part.mean[0] == pytest.approx((part.train.images[:, 0].double() / 255).mean().item(), abs=1e-9)
 
 
-def test_fraction_of_unequal_classes_is_equal():
+def test_fraction_of_unbalanced_classes_is_balanced():
     labels = torch.tensor([0] * 100 + [1] * 4)
     images = torch.arange(104, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     part = data._subset(data.Split(images, labels), 0.5)
@@ -297,7 +297,7 @@ def test_a_fingerprint_counts_every_image_and_label_of_every_split_in_order(imag
     assert len(seen) == 8
 
 
-def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monkeypatch):
+def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_only(monkeypatch):
     split = data.Split(
         torch.arange(210, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), torch.arange(210)
     )
@@ -315,16 +315,16 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_alone(monke
     assert order == labels(seed=1, epoch=1)
 
 
-def test_steps_are_whole_batches_from_as_many_passes_as_they_need():
+def test_steps_are_full_batches_from_as_many_passes_as_needed():
     order, bounds = data.plan(50, 16, seed=1, epoch=1, steps=7)
     assert bounds == [*range(0, 113, 16)] and len(order) == 112
-    assert torch.bincount(order, minlength=50).tolist().count(2) == 38  # the others come a third time
+    assert torch.bincount(order, minlength=50).tolist().count(2) == 38  # the others occur three times
     assert torch.equal(order[:50].sort().values, torch.arange(50))
 
 
 @pytest.mark.parametrize("name", ["hybrid", "flip+rotation+crop+jitter+autoaugment+cutout"])
-def test_augmentation_depends_on_seed_and_epoch_alone(name, monkeypatch, tmp_path):
-    """Not on the batch size, the size of a chunk, or where the images are."""
+def test_augmentation_depends_only_on_seed_and_epoch(name, monkeypatch, tmp_path):
+    """Not on the batch size, the chunk size, or where the images are stored."""
     dataset = data.load("synthetic", fraction=0.25)
     np.save(tmp_path / "images.npy", dataset.train.images)
     in_file = data.Split(data.mapped(tmp_path / "images.npy"), dataset.train.labels)
@@ -342,8 +342,8 @@ def test_augmentation_depends_on_seed_and_epoch_alone(name, monkeypatch, tmp_pat
         assert not torch.equal(whole, epoch(**other)), other
 
 
-def test_a_set_larger_than_memory_is_mapped(tmp_path):
-    """A sparse file of a tebibyte."""
+def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
+    """A sparse file of one tebibyte."""
     count = 2**40 // 3072
     path = tmp_path / "images.npy"
     with open(path, "wb") as file:
@@ -381,29 +381,29 @@ def test_each_image_goes_once_through_every_stream():
     assert sorted(seen) == sorted([(i, 1) for i in range(50)] + [(i, 5) for i in range(50)])
 
 
-def test_a_last_batch_of_one_joins_the_one_before_when_shuffled():
+def test_a_shuffled_last_batch_of_one_joins_the_previous_one():
     """Batch norm cannot train on a single 1x1 map."""
     split = data.Split(torch.zeros(33, 3, 2, 2, dtype=torch.uint8), torch.arange(33))
     sizes = [len(labels) for _, labels in batches(split, 16, seed=1)]
     assert sizes == [16, 17]
 
 
-def test_a_last_batch_without_two_images_a_process_joins_the_one_before(monkeypatch):
+def test_a_last_batch_below_two_images_per_process_joins_the_previous_one(monkeypatch):
     monkeypatch.setattr(data.runs, "world_size", lambda: 2)
     assert data.plan(35, 16, seed=1)[1] == [0, 16, 35] and data.plan(36, 16, seed=1)[1] == [0, 16, 32, 36]
 
 
-# Downloads, from a real server on this machine
+# Downloads from a real server on this machine
 
 
 @pytest.fixture
 def server(tmp_path):
-    """Serves `files` (path -> bytes); /cut closes after half, /stall stops half-way, /garbage is not HTTP."""
-    files, asked = {}, []
+    """Serves `files` (path -> bytes); /cut closes half-way, /stall stalls half-way, /garbage is not HTTP."""
+    files, requested = {}, []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            asked.append(self.path)
+            requested.append(self.path)
             content = files.get(self.path)
             if "garbage" in self.path:
                 self.wfile.write(b"hello\r\n\r\n")
@@ -427,7 +427,7 @@ def server(tmp_path):
 
     http_server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=http_server.serve_forever, daemon=True).start()
-    yield files, asked, f"http://127.0.0.1:{http_server.server_port}"
+    yield files, requested, f"http://127.0.0.1:{http_server.server_port}"
     http_server.shutdown()
     http_server.server_close()
 
@@ -444,7 +444,7 @@ def archive(image_folder):
 
 @pytest.fixture
 def cinic10(server, archive, monkeypatch):
-    files, asked, address = server
+    files, requested, address = server
     files["/good.tar.gz"] = files["/cut.tar.gz"] = files["/stall.tar.gz"] = archive
     files["/other.tar.gz"] = b"x" * len(archive)
     monkeypatch.setattr(data, "CINIC10_MD5", hashlib.md5(archive).hexdigest())
@@ -454,25 +454,25 @@ def cinic10(server, archive, monkeypatch):
         monkeypatch.setattr(data, "CINIC10_URLS", [f"{address}/{name}.tar.gz" for name in names])
 
     links("good")
-    return links, asked
+    return links, requested
 
 
 def test_cinic10_is_downloaded_once_whatever_the_first_links_do(cinic10, tmp_path):
-    links, asked = cinic10
+    links, requested = cinic10
     names = ("missing", "broken", "garbage", "cut", "other", "stall", "good")
     links(*names)
     dataset = data.load("cinic10", tmp_path / "root")
     assert dataset.name == "cinic10" and dataset.classes == data.CLASSES
     assert [len(getattr(dataset, s).labels) for s in data.SPLITS] == [20, 10, 10]
-    assert set(asked) == {f"/{name}.tar.gz" for name in names}
-    count = len(asked)
+    assert set(requested) == {f"/{name}.tar.gz" for name in names}
+    count = len(requested)
     data.load("cinic10", tmp_path / "root")
-    assert len(asked) == count
+    assert len(requested) == count
     assert sorted(p.name for p in (tmp_path / "root").iterdir()) == ["CINIC-10.tar.gz", "cache", "cinic10"]
 
 
-def test_cinic10_that_is_there_is_used_as_it_is(cinic10, archive, tmp_path):
-    _, asked = cinic10
+def test_existing_cinic10_files_are_used_as_they_are(cinic10, archive, tmp_path):
+    _, requested = cinic10
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "CINIC-10.tar.gz").write_bytes(archive)
     assert len(data.load("cinic10", tmp_path / "packed").train.labels) == 20
@@ -481,7 +481,7 @@ def test_cinic10_that_is_there_is_used_as_it_is(cinic10, archive, tmp_path):
     assert len(data.load("cinic10", tmp_path / "unpacked").train.labels) == 20
     os.rename(tmp_path / "unpacked" / "CINIC-10", tmp_path / "elsewhere")  # the cache is enough
     assert len(data.load("cinic10", tmp_path / "unpacked").train.labels) == 20
-    assert asked == []
+    assert requested == []
 
 
 def test_an_interrupted_download_is_never_taken_for_complete(cinic10, archive, tmp_path):
@@ -492,16 +492,16 @@ def test_an_interrupted_download_is_never_taken_for_complete(cinic10, archive, t
     ):
         data.load("cinic10", tmp_path / "root")
     assert list((tmp_path / "root").iterdir()) == []
-    left = tmp_path / "root" / ".unfinished-1"  # as a killed process leaves it
-    left.mkdir()
-    (left / "CINIC-10.tar.gz").write_bytes(archive[:1000])
-    os.utime(left, (0, 0))
+    leftover = tmp_path / "root" / ".unfinished-1"  # as a killed process leaves it
+    leftover.mkdir()
+    (leftover / "CINIC-10.tar.gz").write_bytes(archive[:1000])
+    os.utime(leftover, (0, 0))
     links("good")
     assert len(data.load("cinic10", tmp_path / "root").train.labels) == 20
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-def test_a_damaged_archive_of_the_users_is_named_and_kept(cinic10, archive, tmp_path):
+def test_a_damaged_archive_is_reported_and_kept(cinic10, archive, tmp_path):
     (tmp_path / "CINIC-10.tar.gz").write_bytes(archive[:-1] + b"x")
     with pytest.raises(RuntimeError, match=r"CINIC-10\.tar\.gz is damaged"):
         data.load("cinic10", tmp_path)
@@ -509,7 +509,7 @@ def test_a_damaged_archive_of_the_users_is_named_and_kept(cinic10, archive, tmp_
 
 
 @pytest.mark.parametrize("kind", ["..", "link", "device"])
-def test_a_tar_member_that_would_leave_its_folder_is_refused(kind, tmp_path, monkeypatch):
+def test_a_tar_member_that_would_escape_its_folder_is_rejected(kind, tmp_path, monkeypatch):
     member = tarfile.TarInfo("../escaped" if kind == ".." else "train/x")
     if kind == "link":
         member.type, member.linkname = tarfile.SYMTYPE, "/etc"
@@ -534,7 +534,7 @@ def test_a_tar_member_with_an_absolute_path_stays_inside(tmp_path, monkeypatch):
 
 
 def hostile_archive(root, members, monkeypatch):
-    """An archive whose MD5 is as expected."""
+    """A malicious archive with the expected MD5."""
     root.mkdir()
     with tarfile.open(root / "CINIC-10.tar.gz", "w:gz") as tar:
         for member in members:
@@ -543,8 +543,8 @@ def hostile_archive(root, members, monkeypatch):
     monkeypatch.setattr(data, "CINIC10_MD5", digest)
 
 
-def test_cifar10_comes_through_torchvision_and_500_of_a_class_are_held_out(server, tmp_path, monkeypatch):
-    """An archive of the shape of cifar-10-python.tar.gz, with a hundredth of its images."""
+def test_cifar10_comes_through_torchvision_and_500_per_class_are_held_out(server, tmp_path, monkeypatch):
+    """An archive laid out like cifar-10-python.tar.gz, with a hundredth of its images."""
     files, _, address = server
     generator = np.random.default_rng(0)
 
@@ -608,7 +608,7 @@ def test_script_describes_a_data_set(run):
         assert part in process.stdout
 
 
-def test_no_network_is_one_line_with_the_remedies(run, one_line):
+def test_no_network_is_one_line_with_remedies(run, one_line):
     nowhere = "import data; data.CINIC10_URLS = ['http://127.0.0.1:9/x']"
     remedies = ("cannot be downloaded", "http://127.0.0.1:9/x", "--data PATH", "--data synthetic")
     one_line(run("train.py", code=nowhere), 1, "put CINIC-10.tar.gz from", "--data cifar10", *remedies)
@@ -635,7 +635,7 @@ def keep_one(folder):
         ("one image", ["class 'dog' has one image in train/", "valid/"]),
     ],
 )
-def test_a_wrong_folder_is_one_line(broken, words, image_folder, run, one_line):
+def test_an_invalid_folder_is_one_line(broken, words, image_folder, run, one_line):
     folder = image_folder()
     {
         "no train": lambda: os.rename(folder / "train", folder / "training"),
@@ -660,7 +660,7 @@ def test_two_processes_decode_a_folder_once(image_folder, tmp_path):
 
 
 def test_a_bare_machine_is_enough(image_folder, tmp_path):
-    """One core, no /dev/shm, a home that cannot be written, an unknown language."""
+    """One core, no /dev/shm, a read-only home folder, an unknown language."""
     image_folder(splits=(("train", 1500), ("valid", 2), ("test", 2)))
     bare = "mount -t tmpfs -o ro none /dev/shm && exec taskset -c 0 "
     if subprocess.run(
@@ -668,7 +668,7 @@ def test_a_bare_machine_is_enough(image_folder, tmp_path):
     ).returncode:
         pytest.skip("no right to unmount /dev/shm here")
     command = f"{sys.executable} {HOUSE}/data.py --data images"
-    for cores in ("0", "0,1"):  # with two, processes would decode
+    for cores in ("0", "0,1"):  # with two, several processes would decode
         environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
         process = subprocess.run(
             ["unshare", "-m", "sh", "-c", bare.replace("-c 0", f"-c {cores}") + command],

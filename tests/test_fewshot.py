@@ -48,14 +48,14 @@ def test_attention_equals_pytorchs_own(dtype):
     assert torch.allclose(found.float(), wanted.float(), atol=1e-6 if dtype == torch.float32 else 4e-3)
 
 
-def test_episodes_draw_classes_anew_and_no_image_twice():
+def test_each_episode_draws_new_classes_and_no_image_twice():
     labels = torch.arange(400) % 8
     classes, rows = fewshot.draw_episodes(labels, 300, 5, 4, 6, torch.Generator().manual_seed(1))
     assert classes.shape == (300, 5) and rows.shape == (300, 5, 10)
     assert torch.equal(labels[rows], classes[:, :, None].expand(-1, -1, 10))
     assert all(len(set(episode)) == 50 for episode in rows.flatten(1).tolist())
     assert all(len(set(chosen)) == 5 for chosen in classes.tolist())
-    counts = torch.bincount(rows.flatten(), minlength=400)  # each image as often as any other
+    counts = torch.bincount(rows.flatten(), minlength=400)  # all images about equally often
     assert counts.min() > 15 and counts.max() < 65
     again = fewshot.draw_episodes(labels, 300, 5, 4, 6, torch.Generator().manual_seed(1))
     assert torch.equal(rows, again[1])
@@ -120,7 +120,7 @@ def test_kmeans_of_equal_points():
     assert inertia == pytest.approx(0, abs=1e-6) and torch.isfinite(centres).all()
 
 
-def test_kmeans_ends_also_when_it_would_not_converge(monkeypatch):
+def test_kmeans_ends_even_without_convergence(monkeypatch):
     monkeypatch.setattr(torch, "equal", lambda *_: False)
     centres, _ = fewshot.kmeans(torch.randn(20, 4), 3, torch.Generator().manual_seed(1), starts=1)
     assert torch.isfinite(centres).all()
@@ -164,7 +164,7 @@ def test_a_class_too_small_for_an_episode_names_its_split(
     assert ("raise --fraction" in process.stderr) == (fraction < 1)
 
 
-def test_torchrun_is_refused(run, one_line):
+def test_torchrun_is_rejected(run, one_line):
     for script in ("fewshot.py", "moe.py"):
         process = run(script, "--data", "synthetic", WORLD_SIZE="2", RANK="0")
-        one_line(process, 2, "only train.py runs under torchrun")
+        one_line(process, 2, "only train.py supports torchrun")

@@ -29,7 +29,7 @@ def test_parameter_counts(arch, count):
     ("arch", "count", "before_head"),
     [("resnet18", 11_302_730, 4), ("densenet121", 7_211_146, 4), ("efficientnet_b0", 4_338_054, 2)],
 )
-def test_small_stem_keeps_the_image_and_the_rest_of_the_network(arch, count, before_head):
+def test_small_stem_keeps_the_resolution_and_the_rest_of_the_network(arch, count, before_head):
     model, plain = models.build(arch, stem="small").eval(), models.build(arch)
     assert sum(p.numel() for p in model.parameters()) == count
     trunk = {"resnet18": "layer1", "densenet121": "features.denseblock1", "efficientnet_b0": "features.1"}[
@@ -81,7 +81,7 @@ def test_custom_network_layer_by_layer():
 
 
 @pytest.mark.parametrize("arch", list(models.ARCHITECTURES)[1:])
-def test_heads_stand_on_torchvisions_own_trunk(arch):
+def test_new_heads_keep_torchvisions_trunk(arch):
     model = models.build(arch, num_classes=3)
     head = model.fc if arch == "resnet18" else model.classifier
     assert [type(layer).__name__ for layer in head] == ["Linear", "ReLU", "Linear"]
@@ -94,13 +94,13 @@ def test_heads_stand_on_torchvisions_own_trunk(arch):
 
 @pytest.mark.parametrize("stem", ["imagenet", "small"])
 @pytest.mark.parametrize("arch", list(models.ARCHITECTURES)[1:])
-def test_matrix_products_give_what_convolutions_give(arch, stem):
+def test_matrix_products_equal_convolutions(arch, stem):
     torch.manual_seed(1)
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     model = models.build(arch, stem=stem).double().to(memory_format=torch.channels_last)
     for layer in model.modules():
         if hasattr(layer, "p"):
-            layer.p = 0.0  # stochastic depth draws
+            layer.p = 0.0  # stochastic depth is random
     found = []
     for kind in (models.Convolution, torch.nn.Conv2d):
         changed = [layer for layer in model.modules() if isinstance(layer, torch.nn.Conv2d)]
@@ -117,7 +117,7 @@ def test_matrix_products_give_what_convolutions_give(arch, stem):
 
 @pytest.mark.parametrize("arch", list(models.ARCHITECTURES)[1:])
 def test_pretrained_weights_come_from_torchvisions_cache(arch, tmp_path, monkeypatch):
-    """A file of the name that torchvision fetches, put where it looks for it, ends up in the trunk."""
+    """A weights file in torchvision's cache, under the name it downloads, ends up in the trunk."""
     reference = torchvision.models.get_model(arch)
     torch.nn.init.constant_(next(reference.parameters()), 0.25)
     url = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].url
@@ -128,7 +128,7 @@ def test_pretrained_weights_come_from_torchvisions_cache(arch, tmp_path, monkeyp
     assert next(model.parameters()).unique().tolist() == [0.25]
 
 
-def test_wrong_options_are_refused():
+def test_invalid_options_are_rejected():
     with pytest.raises(ValueError, match="unknown architecture 'vgg'"):
         models.build("vgg")
     with pytest.raises(ValueError, match="resnet18 has no dropout"):
@@ -142,7 +142,7 @@ def test_wrong_options_are_refused():
 
 
 def test_a_fifth_architecture_is_one_entry(monkeypatch):
-    """Of torchvision, or a constructor of one's own; with a head and both stems."""
+    """A torchvision network, with a new head and both stems, or a custom constructor."""
     entry = models.Architecture("mobilenet_v3_small", head="classifier", stem="features.0.0")
     monkeypatch.setitem(models.ARCHITECTURES, "mobilenet_v3_small", entry)
     monkeypatch.setitem(
@@ -163,7 +163,7 @@ def test_a_fifth_architecture_is_one_entry(monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["custom", "resnet18"])
-def test_saved_weights_give_the_network_back_with_what_it_takes_to_classify(arch, tmp_path):
+def test_saved_weights_restore_the_network_with_its_classes_mean_and_std(arch, tmp_path):
     stem = "imagenet" if arch == "custom" else "small"
     network = models.build(arch, 3, stem=stem)
     saved = {

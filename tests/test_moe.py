@@ -33,7 +33,7 @@ def test_mixture_layer_by_layer_and_its_weights_sum_to_1():
     assert torch.allclose(logits, model(model.adapt(features)), atol=1e-5)
 
 
-def test_adapters_learn_only_when_asked():
+def test_adapters_are_trained_only_on_request():
     assert not any(p.requires_grad for p in models.MixtureOfExperts().adapters.parameters())
     assert all(p.requires_grad for p in models.MixtureOfExperts(train_adapters=True).parameters())
 
@@ -57,13 +57,13 @@ def test_feature_batches_hold_every_row_once():
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
 
 
-def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folder, tmp_path, monkeypatch):
+def test_run_trains_experts_leaves_them_unchanged_and_is_repeatable(run, image_folder, tmp_path, monkeypatch):
     folder = image_folder(train.data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
     command = ("moe.py", "--data", folder, "--epochs", 1)
     process = run(*command, "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
     assert "mean weight of each expert" in process.stdout and "mean of three bases" in process.stdout
-    monkeypatch.chdir(tmp_path)  # where the run was: names of folders are seen from there
+    monkeypatch.chdir(tmp_path)  # where the run was: folder names are relative to it
     key = train.data.key(str(folder))
     expert = f"custom-hybrid-{key}-{{}}epochs1-dropout0.2"
     names = {expert.format(part) for part in ("", "only-vehicles-", "only-cat+deer+dog+horse-")}
@@ -82,9 +82,9 @@ def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folde
     base = json.loads((tmp_path / "a" / expert.format("") / "seed1.json").read_text())
     assert abs(result["base"]["accuracy"] - base["test"]["accuracy"]) < 1e-9
 
-    again = run(*command, "--out", tmp_path / "a", "--force")  # with the experts that are there
-    assert again.stdout.count("skipped, its result is there") == 5
-    for path, state in before.items():  # batch norm's buffers included
+    again = run(*command, "--out", tmp_path / "a", "--force")  # reuses the experts
+    assert again.stdout.count("skipped, its result exists") == 5
+    for path, state in before.items():  # including BatchNorm's buffers
         assert all(torch.equal(value, models.load(path).state_dict()[key]) for key, value in state.items())
     shutil.copytree(tmp_path / "a", tmp_path / "b", ignore=shutil.ignore_patterns("moe-*"))
     assert run(*command, "--out", tmp_path / "b").returncode == 0
@@ -93,7 +93,7 @@ def test_run_trains_experts_leaves_them_as_they_are_and_repeats(run, image_folde
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapters", [False, True])
-def test_features_are_in_the_compute_dtype_and_experts_stay_as_they_are(adapters, dtype):
+def test_features_are_in_the_compute_dtype_and_experts_stay_unchanged(adapters, dtype):
     torch.manual_seed(0)
     network = models.build("custom").eval().requires_grad_(False)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -111,7 +111,7 @@ def test_features_are_in_the_compute_dtype_and_experts_stay_as_they_are(adapters
     torch.testing.assert_close(seen[290:, 0].float(), wanted.float(), rtol=0.01, atol=0.01)
 
 
-def test_wrong_settings_are_one_line_before_anything_is_trained(run, one_line, image_folder, tmp_path):
+def test_invalid_settings_are_one_line_before_anything_is_trained(run, one_line, image_folder, tmp_path):
     one_line(run("moe.py", "--data", "synthetic", "--classes", "cat,dog"), 2, "--classes")
     one_line(run("moe.py", "--data", "synthetic", "--animals", "cat,cow"), 2, "--animals", "'cow'")
     process = run("moe.py", "--data", image_folder())

@@ -31,7 +31,7 @@ def states():
 
 @pytest.fixture
 def two_gpus(monkeypatch):
-    """As if there were two GPUs; returns the indices made current."""
+    """Pretend that there are two GPUs; returns the indices made current."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -40,18 +40,18 @@ def two_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "index"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0), ("auto", 0)])
-def test_the_gpu_asked_for_becomes_the_current_one(name, index, two_gpus):
+def test_the_requested_gpu_becomes_the_current_one(name, index, two_gpus):
     assert runs.use_device(name).type == "cuda"
     assert two_gpus == [index]
 
 
-def test_a_gpu_that_is_not_there_is_refused(two_gpus):
+def test_an_unavailable_gpu_is_rejected(two_gpus):
     for name in ("cuda:2", "cuda:x", "gpu"):
         with pytest.raises(ValueError, match=f"--device {name}: not available on this machine"):
             runs.use_device(name)
 
 
-def test_torchrun_takes_a_gpu_for_each_process(two_gpus, monkeypatch):
+def test_torchrun_gives_each_process_its_own_gpu(two_gpus, monkeypatch):
     monkeypatch.setattr(runs, "world_size", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
@@ -86,7 +86,7 @@ def test_a_checkpoint_restores_what_it_saved(tmp_path, capsys):
     ("words", "device", "named"),
     [(("--lr", 0.1), CPU, "lr"), (("--amp", "bf16"), CPU, "dtype"), ((), torch.device("mps"), "device")],
 )
-def test_a_checkpoint_of_other_settings_or_another_device_is_named_and_not_used(
+def test_a_checkpoint_with_different_settings_or_device_is_reported_and_ignored(
     words, device, named, tmp_path, capsys
 ):
     make_run(tmp_path).save(states(), [{"epoch": 1}])
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_other_settings_or_another_device_is_named_and_not_used(
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5])
-def test_a_damaged_checkpoint_is_named_and_not_used(keep, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_and_ignored(keep, tmp_path, capsys):
     run = make_run(tmp_path)
     run.save(states(), [{"epoch": 1}])
     content = run.checkpoint.read_bytes()
@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_named_and_not_used(keep, tmp_path, capsys):
         assert "seed1.ckpt is damaged: restarting from scratch" in capsys.readouterr().out
 
 
-def test_checkpoints_are_saved_no_more_often_than_asked(tmp_path, monkeypatch):
+def test_checkpoints_are_saved_no_more_often_than_requested(tmp_path, monkeypatch):
     run, now = make_run(tmp_path, "--checkpoint-every", 20), [0.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
     run.saved, written = 0.0, []
@@ -118,7 +118,7 @@ def test_checkpoints_are_saved_no_more_often_than_asked(tmp_path, monkeypatch):
 # Results
 
 
-def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
+def test_a_result_from_different_images_is_run_again(image_folder, run, tmp_path):
     folder = image_folder(splits=(("train", 20), ("valid", 4), ("test", 6)))
     command = ("train.py", "--data", "images", "--epochs", 1)
     assert run(*command, "--seed", 1).returncode == 0
@@ -127,7 +127,7 @@ def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
     for file in list((folder / "train").rglob("1*.png")):
         file.unlink()
     process = run(*command, "--seed", 1, 2)
-    assert "seed1.json is a result of other images" in process.stdout and "skipped" not in process.stdout
+    assert "seed1.json comes from different images" in process.stdout and "skipped" not in process.stdout
     found = {json.loads(p.read_text())["data"]["fingerprint"] for p in tmp_path.rglob("seed*.json")}
     assert len(found) == 1 and before not in found
 
@@ -147,7 +147,7 @@ def test_a_result_of_other_images_is_run_again(image_folder, run, tmp_path):
         (MemoryError(), "out of memory on cpu with --batch-size 64"),
     ],
 )
-def test_only_a_lack_of_memory_is_reported_as_one(error, named, tmp_path):
+def test_only_out_of_memory_errors_are_reported_as_such(error, named, tmp_path):
     def fail(run):
         raise error
 
@@ -159,7 +159,7 @@ def test_only_a_lack_of_memory_is_reported_as_one(error, named, tmp_path):
 # Captured steps
 
 
-def test_a_failed_capture_names_the_cause_and_the_way_out(monkeypatch):
+def test_a_failed_capture_names_the_cause_and_the_remedy(monkeypatch):
     class Graph:
         def __init__(self, graph, stream, capture_error_mode):
             assert capture_error_mode == "thread_local"
@@ -195,7 +195,7 @@ def test_a_signal_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path, 
     assert json.loads(path.read_text()) == {"test": "old"} and os.listdir(tmp_path) == ["seed1.json"]
 
 
-def test_run_names_show_settings_in_one_order():
+def test_run_names_show_settings_in_a_fixed_order():
     defaults = {"lr": 0.001, "classes": None, "pretrained": False, "epochs": 10, "query": None}
     settings = {"epochs": 3, "lr": 0.1, "classes": "cat,dog", "pretrained": True, "seed": 4, "query": None}
     assert runs.run_name(("a", "b"), settings, defaults) == "a-b-only-cat+dog-epochs3-lr0.1-pretrained"

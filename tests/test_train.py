@@ -48,7 +48,7 @@ def test_metrics_equal_scikit_learns(case, seed):
         assert ours[name] == pytest.approx(score, abs=1e-12)
 
 
-def test_totals_of_unequal_batches_are_means_over_images():
+def test_totals_of_unequal_batches_are_averaged_over_images():
     logits, labels = torch.randn(50, 10), torch.randint(0, 10, (50,))
     totals = train.Totals(10, torch.device("cpu"))
     for rows in (slice(0, 32), slice(32, 50)):
@@ -64,14 +64,14 @@ def test_totals_of_unequal_batches_are_means_over_images():
 
 
 def make_run(tmp_path, *words, dataset=None):
-    """A run of train.py's arguments, as run_seeds makes it."""
+    """A run with train.py's arguments, as run_seeds creates it."""
     args = train.parse_arguments([*map(str, ("--data", "synthetic", "--checkpoint-every", 0, *words))])
     dataset = dataset or data.synthetic((40, 20, 20))
     return runs.Run(args, 1, dataset, torch.device("cpu"), tmp_path / "results" / "run" / "seed1.json")
 
 
 def test_three_steps_of_fit_equal_the_textbook_loop(tmp_path):
-    """Against PyTorch's own modules in plain layout: same losses and same weights after three steps."""
+    """Against PyTorch's own modules in contiguous layout: same losses and weights after three steps."""
     run = make_run(tmp_path, "--amp", "off", "--label-smoothing", 0.1)
     images, labels = torch.randn(3, 8, 3, 32, 32), torch.randint(0, 10, (3, 8))
     torch.manual_seed(0)
@@ -115,7 +115,7 @@ EVERYTHING = "flip+rotation+crop+jitter+autoaugment+cutout+translate"
     ],
 )
 def test_same_command_twice_gives_the_same_bits(arch, aug, tiny, run, tmp_path):
-    """Once in a fork, once in a fresh process, which hashes in another order."""
+    """Once in a fork, once in a fresh process, whose hash seed differs."""
     command = ("train.py", *tiny, "--epochs", 2, "--arch", arch, "--aug", aug, "--batch-size", 8, "--out")
     assert run(*command, "a").returncode == 0
     words = map(str, [sys.executable, HOUSE / command[0], *command[1:], "b"])
@@ -137,15 +137,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
      ("--optimizer", "adamw"), ("--label-smoothing", 0.1)],
 )  # fmt: skip
 def test_captured_and_plain_steps_give_the_same_bits(settings, run, tmp_path):
-    command = (
-        "train.py",
-        *TINY,
-        "--aug",
-        "flip",
-        "--batch-size",
-        6,
-        *settings,
-    )  # 40 images: a short last batch
+    # 40 images: a short last batch
+    command = ("train.py", *TINY, "--aug", "flip", "--batch-size", 6, *settings)
     for extra in ((), ("--no-graph",)):
         process = run(*command, *extra, "--out", tmp_path / ("plain" if extra else "captured"))
         assert process.returncode == 0, process.stderr
@@ -169,7 +162,7 @@ def test_replays_draw_fresh_dropout_and_seeds_count():
     assert drawn[12:18] == drawn[:6]  # warm-up included
 
 
-# What speed on a GPU rests on, and what a Mac needs: seen on a CPU
+# What GPU speed depends on, and what a Mac needs: checked on a CPU
 
 
 CAPTURED = [("--arch", arch) for arch in models.ARCHITECTURES]
@@ -180,8 +173,8 @@ CAPTURED += [("--optimizer", "sgd", "--momentum", 0.9, "--weight-decay", 0.1), (
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["bf16", "fp16's scaler"])
 @pytest.mark.parametrize("settings", CAPTURED, ids=str)
-def test_a_step_that_is_captured_never_reads_the_device(settings, scaled, tmp_path, monkeypatch):
-    """Recorded by a dispatch mode where a GPU would capture: a value read by the host would end the capture."""
+def test_a_captured_step_never_reads_the_device(settings, scaled, tmp_path, monkeypatch):
+    """A dispatch mode records what a GPU would capture: a value read by the host would end the capture."""
     calls = []
 
     class Recorded(train.CapturedStep):
@@ -204,7 +197,7 @@ def test_a_step_that_is_captured_never_reads_the_device(settings, scaled, tmp_pa
     assert len(calls) == 2 and (not scaled or scaler.get_scale() > 1)
 
 
-def test_the_guard_sees_what_reads_the_device():
+def test_the_recorder_sees_what_reads_the_device():
     with Reads() as recorder:
         numbers = torch.arange(4.0)
         numbers.sum().item(), numbers.nonzero(), numbers[numbers > 1], bool(numbers[0])
@@ -212,8 +205,8 @@ def test_the_guard_sees_what_reads_the_device():
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
-def test_nothing_on_a_device_is_float64_and_an_epoch_is_read_once(arch, tmp_path, monkeypatch):
-    """Training and evaluation with the network on a device that has no float64, as Apple's GPUs have none."""
+def test_nothing_on_a_device_is_float64_and_metrics_are_read_once_per_epoch(arch, tmp_path, monkeypatch):
+    """Training and evaluation with the network on a device without float64, like Apple's GPUs."""
     run, far = (
         make_run(tmp_path, "--arch", arch, "--amp", "off", "--schedule", "onecycle"),
         torch.device("meta"),
@@ -234,7 +227,7 @@ def test_nothing_on_a_device_is_float64_and_an_epoch_is_read_once(arch, tmp_path
         train.fit(run, model, 10, [2], lambda epoch: seen)
         reads = list(device.reads)
         train.fit(run, model, 10, [2], batches, batches)
-    # loss, sum of the confusion matrix, the matrix itself; of training, then of both
+    # loss, sum of the confusion matrix, the matrix itself; of training, then of training and validation
     assert sorted(reads) == ["_local_scalar_dense"] * 2 + ["_to_copy"]
     assert len(device.reads) == 3 + 6
 
@@ -274,7 +267,7 @@ def test_the_learning_rate_goes_up_once_and_down_towards_zero(steps):
     assert shares[-1] <= max(2 / steps, 0.5) or steps == 1
 
 
-def test_the_learning_rate_of_a_tensor_is_filled_in_place():
+def test_a_learning_rate_tensor_is_filled_in_place():
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=9.0)
     captured = optimizer.param_groups[1]["lr"] = torch.tensor(9.0)  # as a captured step has it
@@ -283,11 +276,11 @@ def test_the_learning_rate_of_a_tensor_is_filled_in_place():
     assert optimizer.param_groups[1]["lr"] is captured
 
 
-def test_fit_sets_the_learning_rate_of_each_step_also_after_a_checkpoint(tmp_path, monkeypatch):
+def test_fit_sets_the_learning_rate_of_each_step_even_after_resuming(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, rate: seen.append(rate))
     batches = [(torch.randn(4, 3), torch.arange(4) % 2)] * 5
-    for epochs in ([5], [5, 5, 5]):  # the second resumes after the checkpoint of the first epoch
+    for epochs in ([5], [5, 5, 5]):  # the second resumes from the first epoch's checkpoint
         run = make_run(tmp_path, "--schedule", "onecycle", "--lr", 0.1, "--amp", "off")
         model = torch.nn.Linear(3, 2)
         train.fit(run, model, 2, epochs, lambda epoch: batches)
@@ -312,7 +305,7 @@ def test_with_a_schedule_norms_and_biases_have_no_weight_decay():
     assert not decay
 
 
-def test_tta_tests_the_saved_weights_of_a_finished_run_and_trains_nothing(tiny, run, tmp_path):
+def test_tta_tests_a_finished_runs_saved_weights_without_training(tiny, run, tmp_path):
     options = (*tiny, "--epochs", 2, "--schedule", "onecycle", "--label-smoothing", 0.3, "--amp", "off")
     assert run("train.py", *options).returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
@@ -333,7 +326,7 @@ def test_tta_tests_the_saved_weights_of_a_finished_run_and_trains_nothing(tiny, 
         logits = [model(images), model(images.flip(3))]
     for name, found in (("test", logits[0]), ("test_tta", (logits[0] + logits[1]) / 2)):
         wanted = torch.nn.functional.cross_entropy(found, labels).item()
-        assert result[name]["loss"] == pytest.approx(wanted, abs=1e-4)  # without smoothing
+        assert result[name]["loss"] == pytest.approx(wanted, abs=1e-4)  # without label smoothing
         assert result[name]["accuracy"] == (found.argmax(1) == labels).double().mean()
     path.with_suffix(".pt").write_bytes(b"")
     del result["test_tta"]
@@ -372,18 +365,18 @@ def test_result_file_skip_and_force(run, tmp_path):
 
     before = (folder / "seed1.json").stat().st_mtime_ns
     again = run(*command)
-    assert again.stdout.count("skipped, its result is there") == 2
+    assert again.stdout.count("skipped, its result exists") == 2
     assert (folder / "seed1.json").stat().st_mtime_ns == before
     run(*command[:-4], 1, "--out", tmp_path, "--force")
     assert (folder / "seed1.json").stat().st_mtime_ns > before
 
 
 def name_of(*arguments):
-    """The name that a command line gives to its run."""
+    """The run name that a command line gives."""
     return train.run_name(train.parse_arguments(list(map(str, arguments))))
 
 
-def test_runs_are_named_after_what_differs_from_the_recipe(monkeypatch, tmp_path):
+def test_run_names_show_what_differs_from_the_recipe(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "my set").mkdir(parents=True)
     assert name_of() == "custom-none"
@@ -403,7 +396,7 @@ def test_runs_are_named_after_what_differs_from_the_recipe(monkeypatch, tmp_path
     assert all(len(name) < 200 and "/" not in name and " " not in name for name in names)
 
 
-def test_a_fraction_trains_for_as_many_steps_as_asked(tiny, run, tmp_path):
+def test_a_small_training_set_trains_for_the_requested_steps(tiny, run, tmp_path):
     assert run("train.py", *tiny, "--epochs", 2, "--steps-per-epoch", 7, "--batch-size", 16).returncode == 0
     (result,) = results(tmp_path).values()
     assert result["config"]["steps_per_epoch"] == 7
@@ -412,13 +405,11 @@ def test_a_fraction_trains_for_as_many_steps_as_asked(tiny, run, tmp_path):
     images = data.synthetic((40, 10, 10)).train
     order, bounds = data.plan(len(images.labels), 16, seed=1, epoch=1, steps=7)
     assert bounds == [*range(0, 113, 16)]
-    assert sorted(torch.bincount(order).unique().tolist()) == [
-        2,
-        3,
-    ]  # every image as often as any other, or once more
+    # every image occurs equally often, or once more
+    assert sorted(torch.bincount(order).unique().tolist()) == [2, 3]
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -452,7 +443,7 @@ def test_a_fraction_trains_for_as_many_steps_as_asked(tiny, run, tmp_path):
         (["--colour"], ["--colour"]),
     ],
 )
-def test_a_wrong_argument_is_one_line_and_status_2(arguments, words, run, one_line, tmp_path):
+def test_an_invalid_argument_is_one_line_and_status_2(arguments, words, run, one_line, tmp_path):
     one_line(run("train.py", *arguments), 2, "train.py: error:", *words)
     assert os.listdir(tmp_path) == []
 
@@ -487,9 +478,8 @@ def test_compiled_runs_repeat_and_resume_with_the_same_bits(tiny, run, tmp_path)
     assert "resuming after epoch 1" in run(*command, "--out", "c").stdout
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     assert_same_bits(tmp_path / "a", tmp_path / "c")
-    model = models.load(
-        next(tmp_path.rglob("a/*/seed1.pt"))
-    )  # names of weights are those of the plain network
+    # weights have the names of the uncompiled network's
+    model = models.load(next(tmp_path.rglob("a/*/seed1.pt")))
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 

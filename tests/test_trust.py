@@ -1,4 +1,4 @@
-"""What docs/guarantees.md lists, each with its real fault: a kill, a full disk, a damaged file, a hostile one."""
+"""Guarantees of docs/guarantees.md under real faults: kills, a full disk, damaged and malicious files."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def read_until(process, word):
     for line in process.stdout:
         if word in line:
             return line
-    raise AssertionError(f"it ended without {word!r}: {process.stderr.read()}")
+    raise AssertionError(f"the process ended without {word!r}: {process.stderr.read()}")
 
 
 # Killed
@@ -50,7 +50,7 @@ import importlib, os, pathlib, random, signal, sys, time
 import torch._dynamo, torchvision
 import data, runs
 main = importlib.import_module(sys.argv.pop(1)).main
-most, slowest, chance, kills = int(sys.argv.pop(1)), float(sys.argv.pop(1)), random.Random(1), 0
+most, slowest, rng, kills = int(sys.argv.pop(1)), float(sys.argv.pop(1)), random.Random(1), 0
 sys.stdout = open(os.devnull, "w")
 while kills < most:
     child = os.fork()
@@ -58,32 +58,20 @@ while kills < most:
         runs.command_line(main)
         os._exit(0)
     while kills == 0 and not list(pathlib.Path("killed").rglob("*.ckpt")):
-        time.sleep(0.01)  # the first one later than a checkpoint
-    time.sleep(chance.uniform(0, slowest))
+        time.sleep(0.01)  # the first kill comes after a checkpoint
+    time.sleep(rng.uniform(0, slowest))
     os.kill(child, signal.SIGKILL)
     if os.waitpid(child, 0)[1] != signal.SIGKILL:
-        break  # it was done before
+        break  # the run had ended
     kills += 1
 print(kills, file=sys.stderr)
 """
-KILLED = {  # how often, after how many seconds at most, and what
+KILLED = {  # number of kills, seconds before each at most, arguments
     "train": (
         20,
         1.0,
-        (
-            "--epochs",
-            12,
-            "--dropout",
-            0.2,
-            "--aug",
-            "flip+autoaugment",
-            "--batch-size",
-            16,
-            "--schedule",
-            "onecycle",
-            "--weight-decay",
-            0.01,
-        ),
+        ("--epochs", 12, "--dropout", 0.2, "--aug", "flip+autoaugment", "--batch-size", 16)
+        + ("--schedule", "onecycle", "--weight-decay", 0.01),
     ),
     "fewshot": (4, 1.5, ("--fraction", 1, "--way", 2, "--shot", 1, "--query", 1, "--episodes", 300)),
     "moe": (5, 2, ("--epochs", 2)),
@@ -94,7 +82,7 @@ KILLED = {  # how often, after how many seconds at most, and what
     "script", ["train", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fewshot", "moe"))]
 )
 def test_killed_20_times_at_random_a_run_ends_with_the_same_bits(script, run, image_folder, tmp_path):
-    """The processes are forks of one that has imported torch, so that the kills fall into the run."""
+    """Each process is a fork of one that has imported torch, so that kills hit the run itself."""
     image_folder(data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
     most, slowest, command = KILLED[script]
     command = ("--data", "images", "--checkpoint-every", 0, *command)
@@ -124,7 +112,7 @@ def test_a_signal_ends_a_run_with_one_line_and_a_checkpoint(number, status, tmp_
     assert "resuming after epoch" in run(*command).stdout
 
 
-def test_two_processes_that_take_the_same_run_do_it_once(tiny, tmp_path):
+def test_two_processes_given_the_same_run_do_it_once(tiny, tmp_path):
     command = ("train.py", *tiny, "--epochs", 4, "--seed", 1, 2, "--out", "out")
     both = [start(*command, cwd=tmp_path) for _ in range(2)]
     shown = [process.communicate() for process in both]
@@ -135,10 +123,10 @@ def test_two_processes_that_take_the_same_run_do_it_once(tiny, tmp_path):
     assert names == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
 
 
-# Bad luck
+# Faults
 
 
-def test_the_results_folder_vanishes_and_the_run_ends_well(tiny, tmp_path):
+def test_a_run_survives_the_loss_of_its_results_folder(tiny, tmp_path):
     process = start("train.py", *tiny, "--epochs", 4, "--out", "out", cwd=tmp_path)
     read_until(process, "epoch 2/4")
     shutil.rmtree(tmp_path / "out")
@@ -155,8 +143,8 @@ def test_results_that_cannot_be_written_end_a_run_before_it_begins(out, tiny, ru
     assert "epoch" not in process.stdout
 
 
-def test_a_full_disk_is_one_line_that_names_the_file_and_keeps_what_is_done(tiny, run, one_line, tmp_path):
-    """ulimit -f: no file may grow beyond 1 MiB; the weights have 13."""
+def test_a_full_disk_is_one_line_that_names_the_file_and_finished_work_is_kept(tiny, run, one_line, tmp_path):
+    """As with ulimit -f, no file may exceed 1 MiB; the weights have 13."""
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
     before = sorted((tmp_path / "out").rglob("*"))
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
@@ -176,7 +164,7 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "binary"])
-def test_a_damaged_result_is_named_by_every_script(how, tiny, run, tmp_path, capsys):
+def test_a_damaged_result_is_reported_by_every_script(how, tiny, run, tmp_path, capsys):
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
     dataset = SimpleNamespace(fingerprint=json.loads(path.read_text())["data"]["fingerprint"])
@@ -187,7 +175,7 @@ def test_a_damaged_result_is_named_by_every_script(how, tiny, run, tmp_path, cap
         path.write_bytes(b"" if how == "empty" else bytes(range(256)))
     assert runs.finished(path, dataset) is None and aggregate.read(tmp_path) == []
     shown = capsys.readouterr()
-    assert f"{path} is not a result file" in shown.out and f"left out: {path}" in shown.err
+    assert f"{path} is damaged or not a result file" in shown.out and f"left out: {path}" in shown.err
 
 
 def test_a_result_annotated_by_hand_stays_a_result(tiny, run, tmp_path):
@@ -197,7 +185,7 @@ def test_a_result_annotated_by_hand_stays_a_result(tiny, run, tmp_path):
     assert "skipped" in run("train.py", *tiny, "--epochs", 1).stdout and len(aggregate.read(tmp_path)) == 1
 
 
-def test_an_experts_damaged_weights_are_named(image_folder, tmp_path, monkeypatch):
+def test_an_experts_damaged_weights_are_reported(image_folder, tmp_path, monkeypatch):
     image_folder(data.CLASSES, (("train", 2), ("valid", 1), ("test", 1)))
     monkeypatch.chdir(tmp_path)
     args = moe.parse_arguments(["--data", "images", "--epochs", "1"])
@@ -213,7 +201,7 @@ class Harmful:
         return os.system, ("touch harmed",)
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_pickle_that_would_run_code_is_rejected(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     dataset, args = data.synthetic((10, 10, 10)), train.parse_arguments([])
     interrupted = runs.Run(args, 1, dataset, torch.device("cpu"), tmp_path / "x.json")
@@ -250,7 +238,7 @@ def test_too_little_memory_on_a_gpu_is_one_line(run, one_line):
     one_line(process, 1, "out of memory on cuda with --batch-size 2000: lower it")
 
 
-# Bad input
+# Invalid input
 
 
 NAMES = ("two words", 'it\'s "quoted"', "new\nline", "żółć", "-", "a" * 200, os.fsdecode(b"\xff\xfe"))
@@ -274,7 +262,7 @@ def test_any_number_of_classes_trains(classes, images, image_folder, tmp_path, r
     assert process.returncode == 0, process.stderr
 
 
-def test_one_image_at_a_time_is_refused_where_batch_norm_cannot(image_folder, run, one_line):
+def test_batch_size_1_is_rejected_where_batch_norm_needs_more(image_folder, run, one_line):
     image_folder()
     process = run("train.py", "--data", "images", "--arch", "resnet18", "--batch-size", 1)
     one_line(process, 2, "resnet18", "--batch-size")
@@ -323,22 +311,20 @@ OPTIONS = {
 }
 
 
-def thrown(test):
-    """The test, with 500 random number generators by hypothesis, which shortens what fails."""
+def fuzzed(test):
+    """The test, run by hypothesis with 500 random number generators; it shrinks what fails."""
     everything = hypothesis.settings(max_examples=500, deadline=None, derandomize=True, database=None)
     return everything(hypothesis.given(hypothesis.strategies.randoms(use_true_random=False))(test))
 
 
-def random_command(chance):
-    """Mostly wrong; what is right is small: the last --data, --epochs, --episodes and --batch-size win."""
-    script = chance.choice(list(OPTIONS))
-    names = chance.sample(OPTIONS[script].split(), chance.randint(0, 3))
+def random_command(rng):
+    """A mostly invalid command; a valid one is small: the last of repeated options wins."""
+    script = rng.choice(list(OPTIONS))
+    names = rng.sample(OPTIONS[script].split(), rng.randint(0, 3))
     words = [
-        word
-        for name in names
-        for word in (f"--{name}", *chance.sample(VALUES, chance.choice((0, 1, 1, 1, 2))))
+        word for name in names for word in (f"--{name}", *rng.sample(VALUES, rng.choice((0, 1, 1, 1, 2))))
     ]
-    if chance.random() < 0.8:
+    if rng.random() < 0.8:
         small = {"train": ["--epochs", 1], "fewshot": ["--episodes", 1], "moe": ["--epochs", 1], "data": []}
         words += small[script]
     return script, [str(word) for word in words]
@@ -351,9 +337,9 @@ def test_500_random_command_lines_never_end_in_a_traceback(image_folder, tmp_pat
     monkeypatch.setattr(data, "synthetic", lambda drawn=data.synthetic: drawn((40, 20, 20)))
     seen = set()
 
-    @thrown
-    def throw(chance):
-        script, words = random_command(chance)
+    @fuzzed
+    def fuzz(rng):
+        script, words = random_command(rng)
         if "synthetic" not in words and "--data" not in words:
             words += ["--data", "images"]
         before = snapshot(tmp_path / "images")
@@ -366,17 +352,17 @@ def test_500_random_command_lines_never_end_in_a_traceback(image_folder, tmp_pat
         assert snapshot(tmp_path / "images") == before
         assert set(os.listdir(tmp_path)) <= {"images", "out", "root"}
 
-    throw()
+    fuzz()
     assert {0, 2} <= seen
 
 
-def random_tree(chance, folder):
-    """A folder that resembles a data set: half of them whole, the others with something odd, often several."""
-    classes = chance.sample([*NAMES[:5], "cat", "dog"], chance.randint(1, 2))
-    odd = chance.choice((0.0, 0.1, 0.3))
+def random_tree(rng, folder):
+    """A folder that resembles a data set: some are valid, the others have one or several faults."""
+    classes = rng.sample([*NAMES[:5], "cat", "dog"], rng.randint(1, 2))
+    odd = rng.choice((0.0, 0.1, 0.3))
 
     def oddly(usual, *others):
-        return chance.choice(others) if chance.random() < odd else usual
+        return rng.choice(others) if rng.random() < odd else usual
 
     for split in data.SPLITS:
         for name in classes:
@@ -385,10 +371,10 @@ def random_tree(chance, folder):
             for number in range(oddly(2, 0, 1)):
                 file = place / f"{number}{oddly('.png', '.PNG', '.txt', '.jpg', '')}"
                 file.unlink(missing_ok=True)
-                if chance.random() >= odd / 3:
-                    file.write_bytes(oddly(chance.choice(CONTENTS[:2]), *CONTENTS))
-                elif chance.random() < 0.5:
-                    file.symlink_to(chance.choice([os.devnull, ".", "nowhere", "/dev/zero", file.name]))
+                if rng.random() >= odd / 3:
+                    file.write_bytes(oddly(rng.choice(CONTENTS[:2]), *CONTENTS))
+                elif rng.random() < 0.5:
+                    file.symlink_to(rng.choice([os.devnull, ".", "nowhere", "/dev/zero", file.name]))
                 else:
                     os.mkfifo(file)
 
@@ -397,11 +383,11 @@ def test_500_random_folders_never_end_in_a_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
 
-    @thrown
-    def throw(chance):
+    @fuzzed
+    def fuzz(rng):
         tree = tmp_path / "tree"
         shutil.rmtree(tree, ignore_errors=True)
-        random_tree(chance, tree)
+        random_tree(rng, tree)
         before = snapshot(tree)
         status, error = called("data", ["--data", tree, "--root", "root"])
         seen.append(status)
@@ -409,7 +395,7 @@ def test_500_random_folders_never_end_in_a_traceback(tmp_path, monkeypatch):
         assert "Traceback" not in error and snapshot(tree) == before
         assert set(os.listdir(tmp_path)) <= {"tree", "root"}
 
-    throw()
+    fuzz()
     assert set(seen) >= {0, 1} and seen.count(0) > 10, seen
 
 
@@ -430,7 +416,7 @@ def test_two_processes_train_one_network_and_a_lost_one_costs_an_epoch(tiny, tmp
     whole = torchrun(*command, "--out", "whole", cwd=tmp_path)
     shown, error = whole.communicate()
     assert whole.returncode == 0, error
-    assert shown.count("epoch 6/6") == 1 and "seed    accuracy" in shown  # one speaks for both
+    assert shown.count("epoch 6/6") == 1 and "seed    accuracy" in shown  # only rank 0 prints
     results = aggregate.read(tmp_path / "whole")
     assert len(results) == 1 and np.sum(results[0].content["confusion"]) == 12
 
@@ -451,8 +437,8 @@ def test_two_processes_train_one_network_and_a_lost_one_costs_an_epoch(tiny, tmp
 
 
 def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
-    """Without batch norm's own statistics in each process, two processes learn what one does; and every image counts once,
-    with a last batch that is smaller, and of odd size."""
+    """Without per-process batch norm statistics, two processes learn what one does; every image counts once,
+    even in a smaller last batch of odd size."""
     script = tmp_path / "two.py"
     script.write_text(f"""
 import sys; sys.path.insert(0, {str(HOUSE)!r})
@@ -481,7 +467,7 @@ with runs.processes(args):
         torch.testing.assert_close(one[name], two[name])
 
 
-def test_guarantees_name_tests_that_are_there():
+def test_guarantees_name_existing_tests():
     guarantees = (HOUSE / "docs" / "guarantees.md").read_text()
     tests = "".join(path.read_text() for path in HOUSE.glob("tests/test_*.py"))
     names = re.findall(r"`(test_\w+)(…?)`", guarantees)
