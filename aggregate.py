@@ -1,4 +1,4 @@
-"""Result files in, tables and figures out, with the numbers of the slides beside ours.
+"""Turn result files into tables and figures, with the slides' numbers beside ours.
 
     python aggregate.py results                          # every table, as GitHub shows it
     python aggregate.py results --format latex           # also plain, csv, json
@@ -38,22 +38,22 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 
 class Line(NamedTuple):
-    tables: list  # names of those that it stands in
+    tables: list  # names of the tables it belongs to
     script: str  # a key of SCRIPTS
     settings: dict  # every setting of its run
     given: dict  # the settings that its line in study.py gives
 
 
-# In a configuration, and no part of what was trained
+# Recorded with a run, but irrelevant to what was trained
 NO_SETTING = set(runs.NEUTRAL) - {"amp"}
-# What tables compare: a result that differs from a line of the study in one of these is another run. One that differs in
-# another setting (data, epochs, fraction) stands in a table of its own
+# Settings that tables compare: a result that differs from a line of the study in one of these is a different run. One
+# that differs in another setting (data, epochs, fraction) goes into a separate table
 STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule", "label_smoothing",
            "classes"}  # fmt: skip
 
 
 def complete(script, config):
-    """All settings of a run: those given, else the defaults of its script."""
+    """All settings of a run: those given, otherwise its script's defaults."""
     settings = vars(SCRIPTS[script].make_parser().parse_args([])) | config
     settings["data"] = os.path.normpath(settings["data"])
     if script == "fewshot" and settings["query"] is None:
@@ -62,7 +62,7 @@ def complete(script, config):
 
 
 def read_study():
-    """The lines of study.py, one for each network of a line. Raises ValueError for a line that is wrong."""
+    """The lines of study.py, one per network. Raises ValueError for an invalid line."""
     lines = []
     for tables, script, words in study.lines():
         if script == "augment":
@@ -90,7 +90,7 @@ class Table(NamedTuple):
     columns: str | tuple  # a setting, `method`, or columns that every row has
 
 
-COLUMNS = {  # part of a result file, metric; of a column that is not here: the test accuracy of one setting or method
+COLUMNS = {  # part of a result file, metric; other columns show the test accuracy of a setting or method
     **{metric: ("test", metric) for metric in METRICS},
     "accuracy with mirror images": ("test_tta", "accuracy"),
     "1 prototype": ("one_prototype", "accuracy"),
@@ -98,10 +98,10 @@ COLUMNS = {  # part of a result file, metric; of a column that is not here: the 
     "parameters": ("test", "parameters"),
     "training, in base networks": ("test", "bases"),
 }
-COSTS = {"parameters": "{:,.0f}", "training, in base networks": "{:.1f}"}  # of each seed the same
+COSTS = {"parameters": "{:,.0f}", "training, in base networks": "{:.1f}"}  # the same for every seed
 PARTS = {row: part for part, row in moe.ROWS.items()}  # rows of a mixture's table
-START = {True: ", pretrained", False: ", from scratch"}  # of a network that does not start as in the study
-METHODS = {  # script and schedule of a run, the methods that it gives results of
+START = {True: ", pretrained", False: ", from scratch"}  # a network that starts differently than in the study
+METHODS = {  # script and schedule of a run: the methods it has results for
     ("fewshot", "none"): ("few-shot", "1 prototype", "nearest image"),
     ("train", "none"): ("regular training",),
     ("train", "onecycle"): ("regular training, one-cycle",),
@@ -123,14 +123,14 @@ TABLES = {
     "beyond-moe": Table("Beyond the slides: mixture of experts", "part", MIXTURE),
     "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "method"),
 }  # fmt: skip
-TABLES |= {  # a table that only study.py names
+TABLES |= {  # tables that only study.py names
     name: Table(name.replace("-", " ").capitalize(), "run", METRICS)
     for line in STUDY for name in line.tables if name not in TABLES
 }  # fmt: skip
 
 
 def read_published(text):
-    """{(table, row, column): (mean, std)}; std None: a single seed. text: a block a table, its first line the columns."""
+    """{(table, row, column): (mean, std)}, std None for a single seed. text: one block per table, columns first."""
     numbers = {}
     for block in text.strip().split("\n\n"):
         (name, *columns), *rows = (line.split() for line in block.splitlines())
@@ -209,12 +209,12 @@ regular         accuracy
 
 
 def text_of(value):
-    """A setting's value as it is written in a table: 0.00005, and never 5e-05."""
+    """A setting's value as tables show it: 0.00005, never 5e-05."""
     return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
 
 
 def in_words(settings):
-    """Settings as readers say them: `30 epochs, schedule onecycle`."""
+    """Settings in words: `30 epochs, schedule onecycle`."""
     words = []
     for key, value in settings.items():
         if key in ("epochs", "episodes"):
@@ -227,9 +227,8 @@ def in_words(settings):
 
 
 def lay_out(name):
-    """The lines of a table, those of one network together: (line, (row, column) of each cell that it fills, row that it
-    builds on). A run builds on the one above it if it only adds settings. A line that would fill the cells of another gets
-    a row of its own."""
+    """The lines of a table, grouped by network: (line, (row, column) of each cell it fills, row it builds on). A run
+    builds on the one above if it only adds settings. A line that would fill another's cells gets its own row."""
     table, layout, taken, networks = TABLES[name], [], set(), collections.defaultdict(list)
     for line in STUDY:
         if name in line.tables:
@@ -256,7 +255,7 @@ def lay_out(name):
 
 
 def places(table, line, row):
-    """The cells that a line fills."""
+    """The (row, column) of each cell that a line fills."""
     columns = table.columns
     if columns == "method":
         columns = METHODS.get((line.script, line.settings["schedule"]), ())
@@ -272,12 +271,12 @@ LAYOUT = {name: lay_out(name) for name in TABLES}
 # Results
 
 
-# A result file. settings: all that its run was configured with; common: what the seeds of a run have in common
+# A result file. settings: all settings of its run; common: what all seeds of a run must share
 Result = collections.namedtuple("Result", "path script settings seed common content")
 
 
 def read(folder):
-    """The finished runs below a folder, a list of Result. A file that cannot be used is named on standard error."""
+    """The finished runs below a folder, a list of Result. Unusable files are reported on standard error."""
     results, known, fingerprints = [], {}, collections.defaultdict(set)
     for path in sorted(Path(folder).rglob("seed*.json")):
         try:
@@ -297,13 +296,13 @@ def read(folder):
         results.append(result)
         fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
     for result in results:
-        if len(fingerprints[result.settings["data"]]) > 1:  # several data sets of one name share no table
+        if len(fingerprints[result.settings["data"]]) > 1:  # data sets with the same name, in separate tables
             result.settings["fingerprint"] = result.common["data fingerprint"]
     return sorted(results, key=lambda result: result.seed)
 
 
 def understand(path):
-    """A Result; raises what Python raises for a file that is none of ours, and ValueError for half a run."""
+    """Read a Result. Raises ValueError for an unfinished run, and whatever Python raises for other files."""
     content = json.loads(path.read_text())
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
@@ -336,15 +335,15 @@ def understand(path):
     return Result(path, script, settings, int(config["seed"]), common, content)
 
 
-# What stands in one table. group: {setting: value} in which all its results differ from the lines of the study; found:
-# {(row, column): results}; notes: settings of single cells; cells: a Cell for each row and column, row by row
+# One table. group: {setting: value} in which all its results differ from the study; found: {(row, column): results};
+# notes: settings of single cells; cells: a Cell for each row and column, row by row
 Block = collections.namedtuple("Block", "name group found notes cells")
 
 
 def arrange(results, published):
-    """A Block for each table that there are results for, the study's own settings first, and the results in no table.
+    """A Block for each table that has results, those with the study's own settings first; and the results in no table.
 
-    A table is left out if all its results stand together in another one: what it shares with that is then all it has.
+    A table whose results all appear together in another table is omitted.
     """
     tables, used, shown = collections.defaultdict(dict), set(), []
     own = complete("train", {}).keys() ^ complete("fewshot", {}).keys()
@@ -373,8 +372,8 @@ def arrange(results, published):
 
 
 def unite(found):
-    """Rename each column `method (settings)` to `method` in the rows that have no other run of the method. Returns what
-    a reader should know of them, a list of words."""
+    """Rename columns `method (settings)` to `method` in rows with no other run of that method. Returns notes on the
+    settings, a list of str."""
     rows = {}
     for row, column in sorted(found):
         method, _, settings = column.partition(" (")
@@ -387,8 +386,8 @@ def unite(found):
 
 
 def nearest(name, result):
-    """Of the lines of a table that differ from a result in nothing that is studied, the one that differs least: {setting:
-    value of the result} where they differ, and the cells of the line. (None, None) if there is none."""
+    """The line of a table that is closest to a result and differs in no studied setting: {setting: the result's value}
+    where they differ, and the line's cells. (None, None) if there is none."""
     fits = []
     for line, cells, _ in LAYOUT[name]:
         fixed = {*STUDIED, *line.given} - ({"pretrained"} if TABLES[name].rows == "network" else set())
@@ -410,7 +409,7 @@ def cells_of(block, published):
     table, group, cells = TABLES[block.name], describe(block), []
     places = itertools.product(*labels(block))
     values = {place: numbers(block.found.get(place, []), *place) for place in places}
-    axis = 0 if isinstance(table.columns, str) else 1  # is the best of a row marked, or that of a column?
+    axis = 0 if isinstance(table.columns, str) else 1  # mark the best of a row, or of a column?
     for place, seeds in values.items():
         mean = float(np.mean(seeds)) if seeds else None
         std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 and place[1] not in COSTS else None
@@ -429,9 +428,9 @@ def cells_of(block, published):
 
 
 def labels(block):
-    """Labels of rows and columns, numbers by size. Of the slides' tables, all of the study, except fractions of which
-    another data set may have too few images, and a network that is there with the other start; else those that there are
-    results of."""
+    """Labels of rows and columns, numbers sorted. The slides' tables show the whole study, except fractions for which
+    another data set may have too few images, and networks present with the other start; other tables show what has
+    results."""
     table, slides = TABLES[block.name], not block.name.startswith("beyond")
     cells = [cell for _, cells, _ in LAYOUT[block.name] for cell in cells]
     all_rows, all_columns = (sorted(dict.fromkeys(axis), key=size) for axis in zip(*cells, strict=True))
@@ -450,16 +449,16 @@ def labels(block):
 
 
 def size(label):
-    """What sorts numbers by size, and leaves other labels in the study's order."""
+    """A sort key: numbers by size, other labels in the study's order."""
     return float(label) if re.fullmatch(r"[\d.]+", label) else math.inf
 
 
 def numbers(results, row, column):
-    """The numbers of a cell, one for each seed whose file has it."""
+    """The numbers in a cell, one per seed that has it."""
     part, metric = COLUMNS.get(column.split(" (")[0], ("test", "accuracy"))
     part = PARTS.get(row, part)
     if part in ("pair", "ensemble"):
-        results = results[:1]  # of the same networks, whatever the gate's seed
+        results = results[:1]  # the same networks whatever the seed
     return [r.content[part][metric] for r in results if metric in r.content.get(part, {})]
 
 
@@ -484,7 +483,7 @@ def p_value(first, second):
 
 
 def describe(block, but=()):
-    """Data set, then the settings in which a table differs from the study, without those named in `but`."""
+    """The data set, then the settings in which a table differs from the study, except those in `but`."""
     (first, *_), *_ = block.found.values()
     data_set = first.common["data set"].replace("cinic10", "CINIC-10")
     settings = in_words({key: value for key, value in block.group.items() if key not in ("data", *but)})
@@ -500,12 +499,12 @@ def caption(block):
 
 
 def slug(name, group):
-    """A name for a file or label that says in what a group differs."""
+    """A file name or label that includes a group's settings."""
     return name + re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{text_of(value)}" for key, value in group.items()))
 
 
 def command(block, folder):
-    """The command line that fills the empty cells of a table. folder: of the results."""
+    """The command that fills a table's empty cells. folder: the results folder."""
     settings = dict(block.group)
     data, _ = settings.pop("data", None), settings.pop("fingerprint", None)
     seeds = sorted({result.seed for results in block.found.values() for result in results})
@@ -522,7 +521,7 @@ def command(block, folder):
 
 
 def escaped(text):
-    """Text for LaTeX, with a real minus in front of a number."""
+    """Text escaped for LaTeX, with a minus sign in front of numbers."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     special |= {"±": r"$\pm$", "≈": r"$\approx$", "<": "$<$", ">": "$>$"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
@@ -530,7 +529,7 @@ def escaped(text):
     return "$-$" * minus + "".join(special.get(character, character) for character in text)
 
 
-STYLES = {  # what tabulate calls it, the best number, title of a group of tables, title of a table, note
+STYLES = {  # tabulate's name, best number, heading of a group, heading of a table, note
     "github": ("github", "**{}**", "## {}", "### {}", "{}"),
     "plain": ("simple", "{} *", "=== {} ===", "{}", "{}"),
     "latex": (None, r"\textbf{{{}}}", "% {}", None, "% {}"),
@@ -538,7 +537,7 @@ STYLES = {  # what tabulate calls it, the best number, title of a group of table
 
 
 def print_tables(blocks, form, folder, with_published):
-    """Every table. folder: of the results."""
+    """Print every table. folder: the results folder."""
     style, _, heading, title, note = STYLES[form]
     if form == "latex":
         print("% in the preamble: \\usepackage{booktabs,graphicx}\n")
@@ -551,7 +550,7 @@ def print_tables(blocks, form, folder, with_published):
                 text = "Not CINIC-10 with the study's settings: the published numbers are not comparable."
                 print(note.format(text) + "\n")
         seeds = collections.Counter(cell.seeds for cell in block.cells if cell.seeds)
-        usual = seeds.most_common(1)[0][0]  # number of seeds of a cell that does not say it
+        usual = seeds.most_common(1)[0][0]  # the number of seeds in cells that state none
         lines, text = written(block, usual, form), explanation(block, usual, form)
         name = TABLES[block.name].title
         if form == "latex":
@@ -566,7 +565,7 @@ def print_tables(blocks, form, folder, with_published):
 
 
 def written(block, usual, form):
-    """The printed lines of a table, its head first: ours and, where there are any, the slides' and the difference."""
+    """The rows of a printed table, header first: ours and, if available, the slides' and the difference."""
     rows, best, escape = TABLES[block.name].rows, STYLES[form][1], escaped if form == "latex" else str
     corner = "" if rows in ("network", "run", "part") else rows.replace("_", " ")
     lines = [[corner, *map(escape, dict.fromkeys(cell.column for cell in block.cells))]]
@@ -596,7 +595,7 @@ def our_number(cell, usual):
 
 
 def explanation(block, usual, form):
-    """What the numbers and marks of a table mean."""
+    """What a table's numbers and marks mean."""
     text = f"Mean ± standard deviation over n = {usual} seeds"
     if usual == 1:
         text = "One seed (n = 1) unless a cell says otherwise"
@@ -633,12 +632,12 @@ def latex_table(lines, caption, label):
 
 # Figures
 
-# Okabe and Ito's colours, which colour-blind readers tell apart
+# Okabe and Ito's colours, distinguishable by colour-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def curve(axes, results, part, metric, label, colour):
-    """Mean over seeds of a metric at each epoch, in a band of one standard deviation."""
+    """Plot a metric's mean over seeds by epoch, with a band of one standard deviation."""
     values = np.array([[entry[part][metric] for entry in r.content["history"]] for r in results])
     mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
     epochs = np.arange(1, len(mean) + 1)
@@ -662,7 +661,7 @@ def legend(figure, title=None):
 
 
 def panels(figure, titles):
-    """{title: axes}, two beside each other."""
+    """{title: axes}, two per row."""
     grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=True)
     for axes, title in itertools.zip_longest(grid.flat, titles):
         axes.set_title(title, fontsize=11)
@@ -696,8 +695,8 @@ def draw_confusion(figure, block):
 
 
 def draw_curves(figure, block):
-    """Validation accuracy by epoch. Where columns are settings: a panel for each row and a line for each column;
-    else one panel with a line for each row."""
+    """Validation accuracy by epoch. If columns are settings: a panel per row and a line per column; otherwise one
+    panel with a line per row."""
     lines = {}
     for place in [(cell.row, cell.column) for cell in block.cells if cell.seeds]:
         by_setting = isinstance(TABLES[block.name].columns, str)
@@ -732,7 +731,7 @@ def draw_augmentation(figure, block):
 
 
 def draw_methods(figure, block):
-    """Test accuracy over the share of the training images, a line for each method."""
+    """Test accuracy by fraction of the training images, a line per method."""
     axes = figure.subplots()
     for method in dict.fromkeys(cell.column for cell in block.cells):
         cells = [cell for cell in block.cells if cell.column == method and cell.seeds]
@@ -760,7 +759,7 @@ def draw_gate(figure, block):
     legend(figure)
 
 
-FIGURES = {  # of a table: name of the files, function, size in inches, title, what is drawn
+FIGURES = {  # for a table: file name, function, size in inches, title, what is drawn
     "overfitting": ("overfitting", draw_overfitting, (9, 4.4), "Overfitting, custom network", "bands: mean ± std"),
     "initial": ("confusion", draw_confusion, (6.4, 6), "Confusion matrix, custom network", "test split, mean over seeds"),
     "augmentation": ("augmentation-accuracy", draw_augmentation, (9, 7.4), "Augmentation", "bars, band: mean ± std"),
@@ -777,8 +776,8 @@ FIGURES = {  # of a table: name of the files, function, size in inches, title, w
 
 
 def draw_figures(blocks, folder):
-    """Save every figure that there are results for, as PNG and SVG. Where a table has several, their names say in
-    what each differs from the study."""
+    """Save every figure that has results, as PNG and SVG. If a table has several, their names include the settings in
+    which they differ from the study."""
     try:
         from matplotlib import cycler, rc_context
         from matplotlib.figure import Figure
@@ -832,7 +831,7 @@ def main():
     try:
         print_results([block for block in blocks if TABLES[block.name].title], args)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has what it wanted
+    except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     for folder in sorted({result.path.parent for result in unused}):
         print(f"in no table: {folder}", file=sys.stderr)

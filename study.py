@@ -1,4 +1,4 @@
-"""The study: every run behind the tables and figures of the slides, and then the tables.
+"""The study: runs everything behind the slides' tables and figures, then prints and draws them.
 
     bash run_all.sh                        the slides' study: CINIC-10, seeds 1 2 3
     bash run_all.sh --smoke                every table, tiny, on generated images: minutes
@@ -6,7 +6,7 @@
     bash run_all.sh --list                 print the commands, one per line, and run nothing
     bash run_all.sh -- --epochs 2 --fraction 0.1      settings for every run that does not set them itself
 
-A finished run is skipped, an interrupted one resumes: start the command again after anything.
+Finished runs are skipped and interrupted ones resume, so the same command can be run again at any time.
 """
 
 import argparse
@@ -24,9 +24,9 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-# aggregate.py lays out its tables from this one, in this order. A line: the tables that it stands in, what
-# runs (networks of train.py, `all` of those below, or another script), and its settings on top of the
-# defaults, which reproduce the recipe (Adam, lr 0.001, batch 64, 10 epochs). A run of several lines is run once.
+# Each line: the tables it belongs to; what runs (networks for train.py, `all` as defined below, or another
+# script); its settings. Defaults reproduce the recipe (Adam, lr 0.001, batch 64, 10 epochs). A run listed twice
+# runs once. aggregate.py lays out its tables in this order.
 STUDY = """
 all = resnet18 --pretrained, densenet121, efficientnet_b0 --pretrained, custom
 
@@ -91,22 +91,21 @@ beyond-fewshot                      custom    --aug flip+translate+autoaugment -
 beyond-moe                          custom    --aug hybrid --dropout 0.2 --classes animals
 beyond-moe                          moe       --train-adapters --adapter-width 512 --animals all
 """
-# Choices that the slides leave open: learning rates, optimizers and dropouts were compared on hybrid (the
-# report says so); so were the experts trained, with the dropout that won; weight decays were compared without
-# augmentation. The lines of beyond... are ours, not the slides'; 10 epochs of 300 steps are as many steps as
-# few-shot's 3,000.
+# Choices that the slides leave open: learning rates, optimizers and dropout rates are compared on hybrid (as the
+# report says), and the experts are trained on it with the best dropout rate; weight decay is compared without
+# augmentation. The beyond... lines are ours, not the slides'; 10 epochs of 300 steps match few-shot's 3,000.
 
 SMOKE = {"only": "all", "from_scratch": True, "data": "synthetic-small", "seeds": "1", "jobs": 2,
          "out": "smoke/results", "figures": "smoke/figures"}  # fmt: skip
 SMOKE_SETTINGS = ["--epochs", "1", "--fraction", "0.1", "--episodes", "5", "--shot", "1", "--query", "1"]
-# Not in smoke: fractions that its images are too few for and, beyond the slides, what takes long
+# Excluded from --smoke: fractions too small for its images, and long runs beyond the slides
 NOT_SMOKE = r"--fraction 0\.00|--steps-per-epoch|^beyond (?!--arch custom)|^beyond .*--epochs 30"
-FOLDER = Path(sys.argv[0]).parent  # of the scripts, as it was typed
-signals = []  # SIGINT or SIGTERM, once it has arrived
+FOLDER = Path(sys.argv[0]).parent  # of the scripts, as typed
+signals = []  # SIGINT or SIGTERM, once received
 
 
 def lines():
-    """For each line of the study and each of its networks: (tables, script, words of its command line)."""
+    """Yield (tables, script, command-line words) for each line of the study and each of its networks."""
     every_network, *rows = STUDY.strip().splitlines()
     for tables, what, *words in (row.split() for row in rows if row):
         if what in ("moe", "fewshot", "augment"):
@@ -121,7 +120,7 @@ def lines():
 
 
 def parse_arguments(words):
-    """The options, and the settings after --. Raises ValueError or ArgumentError for wrong ones."""
+    """The options, and the settings after --. Raises ValueError or ArgumentError for invalid ones."""
     end = words.index("--") if "--" in words else len(words)
     words, settings = words[:end], words[end + 1 :]
     parser = argparse.ArgumentParser("run_all.sh", None, __doc__, allow_abbrev=False, exit_on_error=False)
@@ -164,7 +163,7 @@ def check(option, names, choices):
 
 
 def sort_settings(words):
-    """{script: the settings after -- that its parser has}. Raises ValueError for one that no parser has."""
+    """{script: the settings after -- that its parser accepts}. Raises ValueError for one that none accepts."""
     if not words:
         return {}
     parsers = {name: importlib.import_module(name).make_parser() for name in ("train", "fewshot", "moe")}
@@ -186,7 +185,7 @@ def sort_settings(words):
 
 
 def make_commands(args, settings):
-    """{command, as a tuple of words: its log}, without repetition. Raises ValueError if there is none."""
+    """{command, a tuple of words: its log file}. Raises ValueError if there is nothing to run."""
     of_script = sort_settings(settings)
     data = ["--data", args.data] if args.data != "cinic10" else []
     root = ["--root", args.root] if args.root != "data" else []
@@ -205,7 +204,7 @@ def make_commands(args, settings):
             words[place:place] = ["--data", "synthetic"]  # larger: few-shot needs two images of a class
         if args.from_scratch:
             words = [word for word in words if word != "--pretrained"]
-        # a line's own settings come after those of every run, and win
+        # A line's own settings come last, so they take precedence
         command = ["python", f"{FOLDER / script}.py", *data, *of_script.get(script, []), *words]
         if script == "augment":
             command += ["--root", args.root, "--out", f"{args.figures}/augmentation.png"]
@@ -222,7 +221,7 @@ def make_commands(args, settings):
 
 
 def share_out(jobs):
-    """The GPU for each of the runs at a time. On a CPU that is None, and they share its cores."""
+    """The GPU of each concurrent run; None on a CPU, whose cores they share."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")  # an empty one hides all GPUs
     if listed is None:
         status, listed = subprocess.getstatusoutput("nvidia-smi --query-gpu=index --format=csv,noheader")
@@ -235,20 +234,20 @@ def share_out(jobs):
 
 
 def start(command, log, gpu, fork):
-    """Start a run. fork: in a copy of this process, since most of a tiny run is the import of torch."""
+    """Start a run. fork: in a copy of this process, since a tiny run spends most of its time importing torch."""
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     with open(log, "wb") as file:
         if not fork:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=env)
         context = multiprocessing.get_context("fork")
         process = context.Process(target=run_here, args=(command, file.fileno(), env))
-        process.poll = lambda: process.exitcode  # as Popen has it
+        process.poll = lambda: process.exitcode  # like Popen's
         process.start()
         return process
 
 
 def run_here(command, log, env):
-    """In the copy: what the command would do in a process of its own."""
+    """Run the command in this process, a forked copy."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.dup2(log, 1)
@@ -259,7 +258,7 @@ def run_here(command, log, env):
 
 
 def wait(processes):
-    """Return the first process that ends. At a signal, stop all of them and raise KeyboardInterrupt."""
+    """Return the first process that ends. After a signal, stop all of them and raise KeyboardInterrupt."""
     while not signals:
         for process in processes:
             if process.poll() is not None:
@@ -273,14 +272,16 @@ def wait(processes):
 
 
 def call(script, *words):
-    """Run a script on this terminal. Returns its exit status."""
+    """Run a script in the foreground. Returns its exit status."""
     return wait([subprocess.Popen(["python", f"{FOLDER / script}", *words])]).poll()
 
 
 def run_all(logs, gpus, fork, statuses):
-    """Run all commands, as many at a time as there are entries in gpus. statuses: {command: exit status}."""
+    """Run all commands, len(gpus) at a time, and fill statuses, {command: exit status}."""
     began, trained, running = time.monotonic(), 0, {}
-    mixtures = [command for command in logs if command[1].endswith("moe.py")]  # of networks that others train
+    mixtures = [
+        command for command in logs if command[1].endswith("moe.py")
+    ]  # they need networks that other runs train
     for waiting in ([command for command in logs if command not in mixtures], mixtures):
         while waiting or running:
             while waiting and gpus:
@@ -298,7 +299,7 @@ def run_all(logs, gpus, fork, statuses):
 
 
 def show(total, statuses, names, seconds):
-    """One line, drawn over on a terminal. names: of the runs that run; seconds: that a run to come takes."""
+    """Print progress, redrawn in place on a terminal. names: current runs; seconds: estimate for a run."""
     failed = sum(status != 0 for status in statuses.values())
     minutes = int(seconds * (total - len(statuses)) / 60)
     line = f"{len(statuses)}/{total} done"
@@ -329,12 +330,12 @@ def main():
         logs = {command: log for command, log in logs.items() if not command[1].endswith("augment.py")}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    fork = args.smoke and sys.platform == "linux"  # macOS's frameworks do not work in a forked process
+    fork = args.smoke and sys.platform == "linux"  # macOS frameworks do not work in a forked process
     for module in ("torch._dynamo", "torchvision") if fork else ():
         importlib.import_module(module)
     statuses, tables = {}, 0
     try:
-        if not args.data.startswith("synthetic"):  # once, before all want it
+        if not args.data.startswith("synthetic"):  # once, before all runs need it
             status = call("data.py", "--data", args.data, "--root", args.root)
             if status != 0:
                 sys.exit(status)
