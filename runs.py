@@ -35,7 +35,14 @@ except ImportError:  # Windows has no file locks
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "finished work is kept; run the same command to continue"
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")  # in torch errors
+# In error messages of torch and, the last, of oneDNN
+OUT_OF_MEMORY = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "ALLOC_FAILED",
+    "create a primitive",
+)
 
 # Arguments that may change when a run resumes (device type and dtype are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
