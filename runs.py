@@ -36,13 +36,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "finished work is kept; run the same command to continue"
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
 # In error messages of torch and, the last, of oneDNN
-OUT_OF_MEMORY = (
-    "out of memory",
-    "allocate memory",
-    "not enough memory",
-    "ALLOC_FAILED",
-    "create a primitive",
-)
+NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "create a primitive")
 
 # Arguments that may change when a run resumes (device type and dtype are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
@@ -493,7 +487,7 @@ def run_seed(run, train):
     try:
         weights, outcome = train(run)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         sizes = [name for name in ("batch_size", "way", "shot", "query") if name in vars(run.args)]
         sizes = " ".join(f"--{name.replace('_', '-')} {getattr(run.args, name)}" for name in sizes)
