@@ -508,7 +508,8 @@ def _decode(paths, block=500):
     blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
     # Forked processes need semaphores, which Linux keeps in /dev/shm; some containers have none
     cores = len(os.sched_getaffinity(0)) if os.access("/dev/shm", os.W_OK) else 1
-    workers = cores if cores > 1 and len(blocks) >= 4 else 0  # starting them takes longer than a few blocks
+    # Fewer blocks are decoded sooner than processes start
+    workers = min(cores, len(blocks)) if cores > 1 and len(blocks) >= 4 else 0
     yield from torch.utils.data.DataLoader(
         blocks, batch_size=None, collate_fn=_decode_block, num_workers=workers,
         multiprocessing_context="fork" if workers else None, worker_init_fn=_leave_signals_to_the_parent,
