@@ -793,7 +793,8 @@ def draw_figures(blocks, folder):
         file, draw, size, title, what = FIGURES[block.name]
         alone = sum(other.name == block.name for other in blocks) == 1
         path = folder / f"{slug(file, {} if alone else block.group)}.png"
-        seeds = sorted({len(results) for results in block.found.values()})
+        shown = [block.found["custom", "accuracy"]] if only_custom else block.found.values()
+        seeds = sorted({len(results) for results in shown})
         seeds = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else seeds[0]
         with rc_context(style):
             figure = Figure(figsize=size, layout="constrained")
