@@ -21,6 +21,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import sys
 import tarfile
 import tempfile
@@ -46,6 +47,7 @@ GROUPS = {
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+MAX_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 CACHE_VERSION = 4  # increment it when decoding or the cache layout changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its files before: URLs to try in turn.
@@ -459,9 +461,12 @@ def _list_files(folder, ignored):
     found = []
     for _, _, files in _walk(folder):
         for file in files:
-            if file.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(file):
-                stat = os.stat(file)
-                found.append((file, stat.st_size, stat.st_mtime_ns))
+            try:
+                info = os.stat(file) if file.lower().endswith(IMAGE_SUFFIXES) else None
+            except OSError:  # a broken link
+                info = None
+            if info and stat.S_ISREG(info.st_mode):
+                found.append((file, info.st_size, info.st_mtime_ns))
             else:
                 ignored[_kind(file)] += 1
     return found
@@ -536,6 +541,8 @@ def read_image(path):
     bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError naming the file."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             if image.mode.startswith("I"):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
             image = image.convert("RGB")

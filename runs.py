@@ -468,13 +468,16 @@ def run_seeds(args, name, load, train):
     dataset, results = load(args, device), {}
     for seed in args.seed:
         path = Path(args.out) / name / f"seed{seed}.json"
-        with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
-            results[seed] = None if args.force else on_rank0(finished, path, dataset)
-            if results[seed]:
-                print(f"{name} seed {seed}: skipped, its result exists ({path}); --force runs it again")
-            else:
-                print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
-                results[seed] = run_seed(Run(args, seed, dataset, device, path), train)
+        result = None if args.force else on_rank0(finished, path, dataset)
+        if result:  # found without the lock, which a read-only folder would refuse
+            print(f"{name} seed {seed}: skipped, its result exists ({path}); --force runs it again")
+        else:
+            with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
+                result = None if args.force else on_rank0(finished, path, dataset)  # by another process
+                if not result:
+                    print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
+                    result = run_seed(Run(args, seed, dataset, device, path), train)
+        results[seed] = result
     return results
 
 

@@ -359,10 +359,10 @@ def describe(model, run):
 def test_mirrored(args, name, results):
     """Add `test_tta` to results that lack it: test metrics of the saved weights, with logits averaged over
     each image and its mirror image."""
-    device = runs.use_device(args.device)
+    device, dataset = runs.use_device(args.device), None
     for seed, result in results.items():
         if "test_tta" not in result:
-            dataset = data.load(args.data, args.root, args.fraction, args.classes)
+            dataset = dataset or data.load(args.data, args.root, args.fraction, args.classes)
             run = runs.Run(args, seed, dataset, device, Path(args.out) / name / f"seed{seed}.json")
             model = Mirrored(models.load(run.path.with_suffix(".pt")))
             model = model.to(device, memory_format=torch.channels_last)
