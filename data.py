@@ -722,8 +722,8 @@ def describe(dataset):
     return "\n".join(lines)
 
 
-def add_arguments(parser):
-    """The arguments of `load`, shared by every script."""
+def add_arguments(parser, classes=True):
+    """The arguments of `load`, shared by every script. classes: whether --classes is one of them."""
     group = parser.add_argument_group("data")
     add = group.add_argument
     choices = f"{', '.join(NAMES)}, or a folder with train/<class>/* and test/<class>/*"
@@ -731,7 +731,9 @@ def add_arguments(parser):
     add("--root", default="data", help="folder for downloads and decoded images (default: %(default)s)")
     part = "part of the train split to use, in (0, 1], with the same number of images per class"
     add("--fraction", type=_fraction, default=1.0, help=f"{part} (default: all)")
-    add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
+    parser.set_defaults(classes=None)
+    if classes:
+        add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
 
 
 def _fraction(text):

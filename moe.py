@@ -180,7 +180,7 @@ def load(args, device):
 
 def make_parser():
     parser = runs.new_parser(__doc__)
-    data.add_arguments(parser)
+    data.add_arguments(parser, classes=False)
     group = parser.add_argument_group("mixture")
     add = group.add_argument
     add("--animals", default="cat,dog,deer,horse",
@@ -198,8 +198,6 @@ def make_parser():
 def parse_arguments(argv=None):
     args = make_parser().parse_args(argv)
     train.check_arguments(args)
-    if args.classes:
-        raise ValueError("--classes: the mixture is trained on all classes")
     return args
 
 

@@ -440,18 +440,6 @@ def processor():
     return platform.processor() or platform.machine()
 
 
-def peak_memory_bytes(device):
-    """Peak memory: of the GPU during this run, otherwise of the process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
-
-
 # Seeds
 
 
@@ -497,6 +485,7 @@ def run_seed(run, train):
         raise RuntimeError(f"out of memory on {run.device} with {sizes}: lower it; {KEPT}") from error
     if not math.isfinite(outcome["test"]["loss"]):
         raise RuntimeError(f"the test loss is {outcome['test']['loss']}: lower --lr, or use --amp off")
+    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
     dataset = run.dataset
     shared = {"classes": list(dataset.classes), "mean": list(dataset.mean), "std": list(dataset.std)}
     splits = {split: len(getattr(dataset, split).labels) for split in ("train", "valid", "test")}
@@ -507,7 +496,7 @@ def run_seed(run, train):
         "environment": environment(run),
         **outcome,
         "seconds": sum(entry["seconds"] for entry in outcome["history"]),
-        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "peak_memory_bytes": peak,  # of a CUDA GPU
     }
     if rank() == 0:
         write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})

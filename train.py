@@ -28,7 +28,7 @@ import data
 import models
 import runs
 
-OPTIMIZERS = {
+OPTIMIZERS = {  # constructors that take lr and weight_decay
     "adam": torch.optim.Adam,
     "adamax": torch.optim.Adamax,
     "adagrad": torch.optim.Adagrad,
@@ -440,10 +440,8 @@ def check_arguments(args):
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    add, architectures = (
-        parser.add_argument_group("network").add_argument,
-        [*models.ARCHITECTURES, "efficientnet"],
-    )
+    group = parser.add_argument_group("network")
+    add, architectures = group.add_argument, [*models.ARCHITECTURES, "efficientnet"]
     add("--arch", default="custom", choices=architectures, help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--stem", default="imagenet", choices=("imagenet", "small"), help="torchvision's networks only; "
