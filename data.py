@@ -6,7 +6,6 @@
 A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
 """
 
-import argparse
 import collections
 import contextlib
 import hashlib
@@ -14,7 +13,6 @@ import http.client
 import io
 import itertools
 import json
-import math
 import mmap
 import os
 import re
@@ -37,8 +35,7 @@ from PIL import Image  # installed with torchvision, whose slow import (over a s
 import runs
 
 SIZE = 32  # pixels per side
-CHUNK = 4096  # images gathered and normalised at a time: 50 MB as floats
-BLOCK = 4096  # images of an epoch whose random numbers are drawn together; CHUNK is a multiple of it
+CHUNK = 4096  # images prepared at a time, 50 MB as floats; other values give augmentation other bits
 SPLITS = ("train", "valid", "test")
 NAMES = ("cinic10", "cifar10", "synthetic", "synthetic-small")
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -118,64 +115,56 @@ def to_device(split, device):
 def batches(split, dataset, device, plan, streams=((),), key=()):
     """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
 
-    plan: (order, bounds) from `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
+    plan: (order, sizes) from `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
     generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which
     augmentation depends. dataset: provides the mean and std for normalisation.
     """
-    order, bounds = plan
+    order, sizes = plan
     chunks = _chunks(split, order, dataset, device, streams, key)
-    (images, labels), first = next(chunks), 0  # first: the position of images[0] in the epoch
-    for start, end in itertools.pairwise(bounds):
-        while first + len(labels) < end:
-            rest, new = (images[start - first :], labels[start - first :]), next(chunks)
-            images, labels = map(torch.cat, zip(rest, new, strict=True)) if len(rest[1]) else new
-            first = start
-        yield images[start - first : end - first], labels[start - first : end - first]
+    images = labels = ()  # of the chunks so far, what has not been yielded
+    for size in sizes:
+        while len(labels) < size:
+            new = next(chunks)
+            images, labels = map(torch.cat, zip((images, labels), new, strict=True)) if len(labels) else new
+        yield images[:size], labels[:size]
+        images, labels = images[size:], labels[size:]
 
 
 def _chunks(split, order, dataset, device, streams, key):
     """Yield (images, labels) for CHUNK entries of `order` at a time, augmented and normalised.
 
-    Random numbers are drawn on the CPU, for BLOCK images at a time, and depend only on key and position, not
-    on batch size, CHUNK or device.
+    Random numbers are drawn on the CPU and depend only on key and chunk, not on batch size or device.
     """
-    count, blocks = len(split.labels), itertools.count()
+    count = len(split.labels)
     chunks = upload(order % count, split.images.device).split(CHUNK)
-    for rows, numbers in zip(chunks, (order // count).split(CHUNK), strict=True):
+    for number, (rows, passes) in enumerate(zip(chunks, (order // count).split(CHUNK), strict=True)):
         images, labels = (upload(tensor.index_select(0, rows), device) for tensor in split)
         if any(streams):
-            parts = zip(images.split(BLOCK), numbers.split(BLOCK), strict=True)
-            parts = [_augment(*part, streams, seed_from(*key, next(blocks))) for part in parts]
-            images = torch.cat(parts)
+            images = _augment(images, passes, streams, seed_from(*key, number))
         yield normalise(images, dataset), labels
 
 
 def plan(total, batch_size, seed=None, epoch=0, steps=None):
-    """An epoch's order, int64 (N,), and the list of its batch bounds. Depends only on seed and epoch.
+    """An epoch's order, int64 (N,), and its batch sizes, a list. Depends only on seed and epoch.
 
     seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed.
     """
-    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
-    passes = 1 if steps is None else math.ceil(steps * batch_size / total)
+    count = steps * batch_size if steps else total
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     if seed is None:
-        order = torch.arange(total)
-    else:
-        order = torch.cat([torch.randperm(total, generator=generator) for _ in range(passes)])
-    if steps is not None:
-        order = order[: steps * batch_size]
-    bounds = [*range(0, len(order), batch_size), len(order)]
-    if seed is not None and len(bounds) > 2 and len(order) - bounds[-2] < 2 * runs.world_size():
+        return torch.arange(total), sizes
+    if len(sizes) > 1 and sizes[-1] < 2 * runs.world_size():
         # Batch norm cannot train on one 1x1 map: merge a last batch of fewer than two images per process
-        del bounds[-2]
-    return order, bounds
+        sizes[-2:] = [sum(sizes[-2:])]
+    generator = torch.Generator().manual_seed(seed_from(seed, epoch))
+    passes = [torch.randperm(total, generator=generator) for _ in range(0, count, total)]
+    return torch.cat(passes)[:count], sizes
 
 
 def normalise(images, dataset):
     """uint8 (N, 3, H, W) to float32, channels_last, with mean 0 and standard deviation 1 per channel."""
-    scale, shift = (torch.empty(3, 1, 1) for _ in range(2))
-    for channel, (mean, std) in enumerate(zip(dataset.mean, dataset.std, strict=True)):
-        scale[channel], shift[channel] = 1 / (255 * std), -mean / std
-    scale, shift = upload(torch.stack([scale, shift]), images.device)
+    factors = [(1 / (255 * std), -mean / std) for mean, std in zip(dataset.mean, dataset.std, strict=True)]
+    scale, shift = upload(torch.tensor(factors).T[:, :, None, None], images.device)
     return images.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift)
 
 
@@ -186,23 +175,18 @@ def upload(tensor, device):
     return tensor.to(device)
 
 
-def _augment(images, numbers, streams, seed):
-    """Pass each image through its stream. numbers: int64 (N,) on the CPU, each image's stream index."""
+def _augment(images, passes, streams, seed):
+    """Pass each image through its stream. passes: int64 (N,) on the CPU, each image's stream index."""
     generator = torch.Generator().manual_seed(seed)
-    if len(streams) == 1:
-        return _pass(images, streams[0], generator)
-    order = numbers.argsort(stable=True)
+    order = passes.argsort(stable=True)
     rows, inverse = upload(torch.stack([order, order.argsort()]), images.device)
-    counts = torch.bincount(numbers, minlength=len(streams)).tolist()
-    groups = zip(images.index_select(0, rows).split(counts), streams, strict=True)
-    parts = [_pass(group, stream, generator) for group, stream in groups if len(group)]
+    counts = torch.bincount(passes, minlength=len(streams)).tolist()
+    parts = []
+    for group, stream in zip(images.index_select(0, rows).split(counts), streams, strict=True):
+        for augmentation in stream if len(group) else ():
+            group = augmentation(group, generator)
+        parts.append(group)
     return torch.cat(parts).index_select(0, inverse)
-
-
-def _pass(images, stream, generator):
-    for augmentation in stream:
-        images = augmentation(images, generator)
-    return images
 
 
 def seed_from(*parts):
@@ -351,15 +335,13 @@ def _write_cache(folder, classes, splits):
     """
     unreadable = []
     for split, (labels, blocks) in splits.items():
-        progress = runs.Progress(f"decoding {split}", len(labels))
+        blocks = runs.progress(blocks, f"decoding {split}", len(labels), lambda block: len(block[0]))
         with open(folder / f"{split}-images.npy", "wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), 3, SIZE, SIZE)}
             np.lib.format.write_array_header_1_0(file, header)
             for images, failures in blocks:
                 file.write(np.ascontiguousarray(images))
                 unreadable += failures
-                progress(len(images))
-            progress.clear()
             file.flush()
             os.fsync(file.fileno())
         np.save(folder / f"{split}-labels.npy", labels.astype(np.int64))
@@ -394,14 +376,11 @@ def _new_folder(final):
     for leftover in final.parent.glob(".unfinished-*"):  # of a process killed at least a day ago
         if time.time() - leftover.stat().st_mtime > 86_400:
             shutil.rmtree(leftover, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=final.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent) as temporary:
+        yield Path(temporary)
+        os.chmod(temporary, 0o755)
         if not final.is_dir():  # where locks do not work, another process may have been faster
-            temporary.rename(final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            os.rename(temporary, final)
 
 
 def key(data):
@@ -437,12 +416,8 @@ def _list_images(folder):
         if not places[split].is_dir():
             needs = "it needs train/<class>/* and test/<class>/*, and may have valid/<class>/*"
             raise FileNotFoundError(f"{folder} has no folder {split}/: {needs}")
-    ignored, found = collections.Counter(), {}
-    for split, place in places.items():
-        if place.is_dir():
-            _, names, files = next(_walk(place))
-            ignored.update(map(_kind, files))
-            found[split] = {name: _list_files(place / name, ignored) for name in names}
+    ignored = collections.Counter()
+    found = {split: _list_split(place, ignored) for split, place in places.items() if place.is_dir()}
     if ignored:
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
         print(f"{ignored.total():,} files ignored: {kinds}")
@@ -456,41 +431,32 @@ def _list_images(folder):
     return classes, {split: [by_class[name] for name in classes] for split, by_class in found.items()}
 
 
-def _list_files(folder, ignored):
-    """[(path, bytes, modification time), ...] of the images in and below a folder, in ImageFolder's order."""
-    found = []
-    for _, _, files in _walk(folder):
-        for file in files:
-            try:
-                info = os.stat(file) if file.lower().endswith(IMAGE_SUFFIXES) else None
-            except OSError:  # a broken link
-                info = None
-            if info and stat.S_ISREG(info.st_mode):
-                found.append((file, info.st_size, info.st_mtime_ns))
-            else:
-                ignored[_kind(file)] += 1
-    return found
-
-
-def _walk(folder):
-    """os.walk, sorted, without hidden files and folders; files are full paths."""
+def _list_split(split, ignored):
+    """{class: [(path, bytes, modification time), ...]} of the images in and below a split's class folders, in
+    ImageFolder's order. Hidden files are skipped, others counted in `ignored`, a Counter, by kind."""
 
     def fail(error):
         raise error
 
-    for place, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield (
-            place,
-            folders,
-            [os.path.join(place, name) for name in sorted(files) if not name.startswith(".")],
-        )
-
-
-def _kind(file):
-    if not os.path.isfile(file):
-        return "broken link or special file"
-    return os.path.splitext(file)[1].lower() or "without suffix"
+    found = {}
+    for place, folders, files in os.walk(split, onerror=fail, followlinks=True):
+        for names in (folders, files):
+            names[:] = sorted(name for name in names if not name.startswith("."))
+        inside = Path(place).relative_to(split).parts  # class folder, its subfolder, ...
+        images = found.setdefault(inside[0], []) if inside else None
+        for file in (os.path.join(place, name) for name in files):
+            suffix = os.path.splitext(file)[1].lower()
+            try:
+                info = os.stat(file)
+            except OSError:  # a broken link
+                info = None
+            if info is None or not stat.S_ISREG(info.st_mode):
+                ignored["broken link or special file"] += 1
+            elif inside and suffix in IMAGE_SUFFIXES:
+                images.append((file, info.st_size, info.st_mtime_ns))
+            else:
+                ignored[suffix or "without suffix"] += 1
+    return found
 
 
 def _decode_folder(classes, files):
@@ -511,10 +477,10 @@ def _decode_folder(classes, files):
 def _decode(paths, block=500):
     """Decode files on all cores: yield (images, unreadable) for _write_cache, `block` files at a time."""
     blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
-    # Forked processes need semaphores, which Linux keeps in /dev/shm; some containers have none
-    cores = len(os.sched_getaffinity(0)) if os.access("/dev/shm", os.W_OK) else 1
-    # Fewer blocks are decoded sooner than processes start
-    workers = min(cores, len(blocks)) if cores > 1 and len(blocks) >= 4 else 0
+    # Fewer blocks are decoded sooner than processes start. Forked processes need semaphores, which Linux keeps
+    # in /dev/shm; some containers have none
+    parallel = len(blocks) >= 4 and os.access("/dev/shm", os.W_OK)
+    workers = min(len(os.sched_getaffinity(0)), len(blocks)) if parallel else 0
     yield from torch.utils.data.DataLoader(
         blocks, batch_size=None, collate_fn=_decode_block, num_workers=workers,
         multiprocessing_context="fork" if workers else None, worker_init_fn=_leave_signals_to_the_parent,
@@ -730,17 +696,10 @@ def add_arguments(parser, classes=True):
     add("--data", default="cinic10", help=f"{choices} (default: %(default)s)")
     add("--root", default="data", help="folder for downloads and decoded images (default: %(default)s)")
     part = "part of the train split to use, in (0, 1], with the same number of images per class"
-    add("--fraction", type=_fraction, default=1.0, help=f"{part} (default: all)")
+    add("--fraction", type=runs.number(float, 0, 1, (1,)), default=1.0, help=f"{part} (default: all)")
     parser.set_defaults(classes=None)
     if classes:
         add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
-
-
-def _fraction(text):
-    with contextlib.suppress(ValueError):
-        if 0 < float(text) <= 1:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and up to 1")
 
 
 def main():

@@ -28,15 +28,15 @@ EPOCH = 100  # episodes drawn and augmented together: one epoch in the history
 VALIDATION_EPISODES = 600
 SUB_PROTOTYPES = 3  # per class, for the test
 KMEANS_STEPS = 300  # at most, per start
-BATCH = 256  # images embedded at a time outside episodes
+BATCH = 256  # embeddings classified at a time
 
 
 # Episodes
 
 
 def draw_episodes(labels, count, way, shot, query, generator):
-    """Classes, int64 (count, way), and image rows, int64 (count, way, shot + query), of `count` episodes
-    without repeats. labels: int64 (N,). Raises ValueError for too few classes. All on the CPU."""
+    """The image rows, int64 (count, way, shot + query), of `count` episodes, none of which repeats an image or
+    a class. labels: int64 (N,), on the CPU. Raises ValueError for too few classes."""
     sizes = torch.bincount(labels)
     if len(sizes) < way:
         raise ValueError(f"--way {way}: there are only {len(sizes)} classes")
@@ -46,7 +46,7 @@ def draw_episodes(labels, count, way, shot, query, generator):
     classes = torch.rand(count, len(sizes), generator=generator).argsort(1)[:, :way]
     scores = torch.rand(count, way, rows.shape[1], generator=generator)
     scores = scores.masked_fill_(rows[classes] < 0, -1)  # padding is drawn last
-    return classes, rows[classes].gather(2, scores.topk(shot + query, dim=2).indices)
+    return rows[classes].gather(2, scores.topk(shot + query, dim=2).indices)
 
 
 def check_sizes(split, name, args, classes):
@@ -92,7 +92,7 @@ def episodes(run, count, generator, stream):
     """Yield `count` episodes (images, labels): float (way * (shot + query), 3, H, W), support first; int64
     (way * query,), class indices within the episode. The stream augments all episodes' queries at once."""
     args, split = run.args, run.dataset.train
-    _, rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
+    rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
     rows = data.upload(rows, split.images.device)
     support = split.images[rows[:, :, : args.shot].flatten()].to(run.device)
     query = split.images[rows[:, :, args.shot :].flatten()].to(run.device)
@@ -138,7 +138,7 @@ def embed(run, model, split):
     autocast, _ = train.mixed_precision(run)
     model.eval()
     parts = []
-    for images, _ in data.batches(split, run.dataset, run.device, data.plan(len(split.labels), BATCH)):
+    for images, _ in train.evaluation_batches(run, split):
         with autocast:
             parts.append(model(images))
     return torch.cat(parts)
@@ -202,7 +202,7 @@ def validate(run, model):
     embeddings = embed(run, model, split)  # once: they are the same in every episode
     generator = torch.Generator().manual_seed(data.seed_from("validation"))
     shape = (VALIDATION_EPISODES, args.way, args.shot, args.query)
-    _, rows = draw_episodes(split.labels.cpu(), *shape, generator)
+    rows = draw_episodes(split.labels.cpu(), *shape, generator)
     support, query = rows.to(run.device).split([args.shot, args.query], dim=2)
     truth = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
     hits = []

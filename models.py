@@ -132,7 +132,9 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
         if convolution.kernel_size == (3, 3):
             convolution.stride = (1, 1)
         else:
-            model.set_submodule(first, _small_stem(convolution.out_channels))
+            convolution = nn.Conv2d(3, convolution.out_channels, kernel_size=3, padding=1, bias=False)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            model.set_submodule(first, convolution)
         if pool:
             model.set_submodule(pool, nn.Identity())
     return model
@@ -168,12 +170,6 @@ def load(path):
         raise ValueError(f"{path} is damaged, or not a weights file saved by train.py") from error
     model.classes, model.mean, model.std = saved["classes"], saved["mean"], saved["std"]
     return model.eval()
-
-
-def _small_stem(width):
-    convolution = nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-    return convolution
 
 
 class FewShotEmbedding(nn.Module):

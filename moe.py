@@ -9,7 +9,6 @@ on all classes (the base), one on vehicles, one on animals; two more bases with 
 Those that `train.py` left in --out are reused, others trained first: five for seed 1, nine for seeds 1 2 3.
 """
 
-import itertools
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ ROWS = {
     "pair": "mean of two bases",
     "ensemble": "mean of three bases",
 }
-BATCH = 256  # images whose features are computed at a time
+BATCH = 256  # images evaluated at a time, from their features
 TRUNK = 4096  # features of a custom network's trunk
 
 
@@ -53,34 +52,27 @@ def expert(args, seed, classes=None):
 
 @torch.no_grad()
 def features(run, networks, model, split):
-    """The experts' features of every image: (N, experts, width), or (N, experts, 4096) to train adapters.
-
-    In the compute dtype, on the device unless they would fill over half of its free memory. Computed once:
-    experts are frozen, and the gating network is trained on images without augmentation.
+    """A Split of the experts' features of every image, (N, experts, width), or (N, experts, 4096) to train
+    adapters, in the compute dtype, on the device if it fits. Computed once: experts are frozen, and the gating
+    network is trained on images without augmentation.
     """
     autocast, _ = train.mixed_precision(run)
     width = TRUNK if run.args.train_adapters else run.args.adapter_width
-    shape, device = (len(split.labels), len(networks), width), run.device
-    if device.type == "cuda":
-        size = torch.Size(shape).numel() * run.dtype.itemsize
-        device = device if 2 * size < torch.cuda.mem_get_info(device)[0] else torch.device("cpu")
-    seen, start = torch.empty(shape, dtype=run.dtype, device=device), 0
-    for images, _ in data.batches(split, run.dataset, run.device, data.plan(len(split.labels), BATCH)):
+    seen, start = torch.empty(len(split.labels), len(networks), width, dtype=run.dtype), 0
+    for images, _ in train.evaluation_batches(run, split):
         with autocast:
             trunks = torch.stack([network.features(images).flatten(1) for network in networks], 1)
         adapted = trunks if run.args.train_adapters else model.adapt(trunks.float())
         seen[start : start + len(images)] = adapted
         start += len(images)
-    return seen
+    return data.to_device(data.Split(seen, split.labels.cpu()), run.device)
 
 
-def feature_batches(inputs, labels, plan, device):
-    """Yield (features, labels) on the device. inputs: (N, experts, width); plan: from `data.plan`."""
-    order, bounds = plan
-    order = data.upload(order, inputs.device)
-    for start, end in itertools.pairwise(bounds):
-        rows = order[start:end]
-        yield inputs[rows].to(device).float(), labels[rows].to(device)
+def feature_batches(split, plan, device):
+    """Yield (features, labels) on the device. split: data.Split of features; plan: from `data.plan`."""
+    order, sizes = plan
+    for rows in data.upload(order, split.labels.device).split(sizes):
+        yield split.images[rows].to(device).float(), split.labels[rows].to(device)
 
 
 def train_gate(run):
@@ -96,17 +88,14 @@ def train_gate(run):
     model = models.MixtureOfExperts(len(networks), classes, args.train_adapters, args.adapter_width)
     model = model.to(device)
     print(f"mixture: {train.describe(model, run)}")
-    splits = {name: getattr(dataset, name) for name in data.SPLITS}
-    seen = {name: features(run, networks, model, split) for name, split in splits.items()}
-    labels = {name: split.labels.to(seen[name].device) for name, split in splits.items()}
-    count = len(labels["train"])
+    seen = {name: features(run, networks, model, getattr(dataset, name)) for name in data.SPLITS}
+    count = len(dataset.train.labels)
 
     def train_batches(epoch):
-        plan = data.plan(count, args.batch_size, run.seed, epoch)
-        return feature_batches(seen["train"], labels["train"], plan, device)
+        return feature_batches(seen["train"], data.plan(count, args.batch_size, run.seed, epoch), device)
 
     def batches(name):
-        return feature_batches(seen[name], labels[name], data.plan(len(labels[name]), BATCH), device)
+        return feature_batches(seen[name], data.plan(len(seen[name].labels), BATCH), device)
 
     steps = [-(-count // args.batch_size)] * args.epochs
     history = train.fit(run, model, classes, steps, train_batches, lambda: batches("valid"))
@@ -130,8 +119,8 @@ def gate_by_class(model, batches, classes):
 def average(run, networks):
     """Test totals of the networks' mean softmax."""
     autocast, _ = train.mixed_precision(run)
-    split, totals = run.dataset.test, train.Totals(len(run.dataset.classes), run.device)
-    for images, labels in data.batches(split, run.dataset, run.device, data.plan(len(split.labels), BATCH)):
+    totals = train.Totals(len(run.dataset.classes), run.device)
+    for images, labels in train.evaluation_batches(run, run.dataset.test):
         with autocast:
             logits = [network(images) for network in networks]
         probabilities = torch.stack([part.float().softmax(1) for part in logits]).mean(0)

@@ -62,33 +62,33 @@ def command_line(main):
     """Run a script's main. Errors become one line on standard error, with exit status 2 for invalid arguments
     (ValueError), 1 for other expected ones, 130 for SIGINT, 143 for SIGTERM. TRACEBACK=1 shows tracebacks."""
     name = Path(sys.argv[0]).name
+
+    def stop(signum, _):
+        raise Stopped(signum)
+
     for signum in SIGNALS:
-        signal.signal(signum, _stop)
+        signal.signal(signum, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         main()
-    except Stopped as stop:
+    except Stopped as stopped:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
-        signal_name = signal.Signals(stop.args[0]).name
+        signal_name = signal.Signals(stopped.args[0]).name
         advice = "the same command resumes from the last checkpoint, if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
-        sys.exit(128 + stop.args[0])
+        sys.exit(128 + stopped.args[0])
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"{name}: error: standard output was closed: {KEPT}", file=sys.stderr)
         sys.exit(1)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
-
-
-def _stop(signum, _):
-    raise Stopped(signum)
 
 
 def new_parser(doc):
@@ -104,17 +104,17 @@ def new_parser(doc):
     return parser
 
 
-def number(kind, low, high=math.inf, inclusive=False):
-    """An argparse type: a finite int or float above `low` (or equal to it, if inclusive) and below `high`."""
+def number(kind, low, high=math.inf, including=()):
+    """An argparse type: a finite int or float between two bounds. including: those of them that are allowed."""
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            if math.isfinite(value) and low <= value < high and (value > low or inclusive):
+            if math.isfinite(value) and (low < value < high or value in including):
                 return value
         what = "an integer" if kind is int else "a number"
-        bounds = f"{'at least' if inclusive else 'above'} {low}"
-        bounds += f" and below {high}" if high < math.inf else ""
+        bounds = f"{'at least' if low in including else 'above'} {low}"
+        bounds += f" and {'up to' if high in including else 'below'} {high}" if high < math.inf else ""
         raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}")
 
     return parse
@@ -124,7 +124,7 @@ def add_arguments(parser):
     """The arguments that every run has."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--seed", type=number(int, 0, 2**31, True), nargs="+", default=[1], metavar="K",
+    add("--seed", type=number(int, 0, 2**31, (0,)), nargs="+", default=[1], metavar="K",
         help="one or more seeds, trained in sequence (default: 1)")  # fmt: skip
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
@@ -132,7 +132,7 @@ def add_arguments(parser):
         "on a CUDA GPU, and float32 elsewhere; off: float32, without TF32")  # fmt: skip
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
     add("--out", default="results", help="folder for results (default: %(default)s)")
-    add("--checkpoint-every", type=number(float, 0, inclusive=True), default=20.0, metavar="S",
+    add("--checkpoint-every", type=number(float, 0, including=(0,)), default=20.0, metavar="S",
         help="minimum seconds between checkpoints, saved after an epoch (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="run again even if a result exists")
 
@@ -151,26 +151,21 @@ def run_name(first, settings, defaults):
     return "-".join(parts)
 
 
-class Progress:
-    """A progress line on standard error; silent if that is not a terminal."""
-
-    def __init__(self, what, total):
-        self.what, self.total, self.done = what, total, 0
-        self.started = self.drawn = time.monotonic()
-
-    def __call__(self, count):
-        self.done += count
+def progress(items, what, total, count=lambda item: 1):
+    """Yield the items, with a progress line on standard error if that is a terminal. total: the sum of
+    count(item) over all items."""
+    started = drawn = time.monotonic()
+    done, terminal = 0, sys.stderr.isatty()
+    for item in items:
+        yield item
+        done += count(item)
         now = time.monotonic()
-        if now - self.drawn > 0.2 and sys.stderr.isatty():
-            self.drawn = now
-            rate = self.done / (now - self.started)
-            left = f"{rate:,.0f}/s, {(self.total - self.done) / rate:.0f} s left"
-            line = f"\r{self.what}: {self.done:,}/{self.total:,}, {left}\033[K"
-            print(line, end="", file=sys.stderr, flush=True)
-
-    def clear(self):
-        if sys.stderr.isatty():
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if terminal and now - drawn > 0.2:
+            drawn, rate = now, done / (now - started)
+            line = f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s left"
+            print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
+    if terminal:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 # Files
@@ -215,8 +210,9 @@ def exclusive(path):
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass
-        if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                break
         lock.close()  # the previous owner has removed the file
     try:
         yield
@@ -231,19 +227,19 @@ def exclusive(path):
 
 def use_device(name):
     """Make `--device` current and return it as a torch.device. Raises ValueError if it is unavailable."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cuda": gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
+        name = next(kind for kind, count in counts.items() if count)
     kind, _, index = name.partition(":")
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not available.get(kind) or (index and not (index.isdigit() and int(index) < count)):
+    if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"--device {name}: not available on this machine; use auto or cpu")
     if kind == "cuda" and world_size() > 1:
         if index:
             raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
         index = os.environ["LOCAL_RANK"]
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
-            raise ValueError(f"torchrun started more processes than the {count} GPUs available: use fewer")
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
+            raise ValueError(f"torchrun started more processes than the {gpus} GPUs available: use fewer")
     if kind == "cuda":  # streams and graphs belong to the current device
         torch.cuda.set_device(int(index or 0))
     return torch.device(kind, int(index)) if index else torch.device(kind)
@@ -374,7 +370,7 @@ class Run:
     def restore(self, stateful):
         """Load the states of this run's checkpoint and return its history, or [] if none matches."""
         content = on_rank0(lambda: self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
-        if not content:
+        if self.args.force or not content:
             return []
         try:
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -382,8 +378,9 @@ class Run:
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
             print(f"{self.checkpoint} is damaged: restarting from scratch")
             return []
-        if settings != self.settings:
-            changed = sorted(key for key in self.settings if self.settings[key] != settings.get(key))
+        every = sorted(self.settings.keys() | settings.keys())
+        changed = [key for key in every if self.settings.get(key) != settings.get(key)]
+        if changed:
             print(f"{self.checkpoint}: different settings ({', '.join(changed)}); restarting from scratch")
             return []
         for name, thing in stateful.items():
@@ -398,23 +395,21 @@ def finished(path, dataset):
         return None
     try:
         result = json.loads(path.read_bytes())
-        if result["version"] == 1 and result["test"] and result["history"]:
-            if result["data"]["fingerprint"] == dataset.fingerprint:
-                return result
-            print(f"{path} comes from different images ({dataset.name} has changed): running again")
-            return None
+        complete = result["version"] == 1 and result["test"] and result["history"]
+        if complete and result["data"]["fingerprint"] == dataset.fingerprint:
+            return result
     except (ValueError, LookupError, TypeError, RecursionError):
-        pass
-    print(f"{path} is damaged or not a result file: running again")
+        complete = False
+    images = f"comes from different images ({dataset.name} has changed)" if complete else ""
+    print(f"{path} {images or 'is damaged or not a result file'}: running again")
     return None
 
 
 def environment(run):
     """Versions, device and this code's commit, for the result file."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
     if run.device.type == "cuda":
@@ -471,8 +466,6 @@ def run_seeds(args, name, load, train):
 
 def run_seed(run, train):
     """Train and test one seed; write and return the result."""
-    if run.args.force and rank() == 0:
-        run.checkpoint.unlink(missing_ok=True)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     try:
@@ -498,8 +491,11 @@ def run_seed(run, train):
         "seconds": sum(entry["seconds"] for entry in outcome["history"]),
         "peak_memory_bytes": peak,  # of a CUDA GPU
     }
-    if rank() == 0:
+
+    def write():
         write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})
         write_atomically(run.path, result)
         run.checkpoint.unlink(missing_ok=True)
+
+    on_rank0(write)  # the others wait, since they may read the weights next
     return result

@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 
 import tabulate
 import torch
@@ -264,14 +265,12 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
         model.train()
         totals.reset()
         started, images = time.monotonic(), 0
-        progress = runs.Progress(f"epoch {epoch}/{epochs}", steps[epoch - 1])
-        for number, batch in enumerate(runs.share(train_batches(epoch)), start=sum(steps[: epoch - 1])):
+        batches = runs.progress(runs.share(train_batches(epoch)), f"epoch {epoch}/{epochs}", steps[epoch - 1])
+        for number, batch in enumerate(batches, start=sum(steps[: epoch - 1])):
             if args.schedule == "onecycle":
                 set_learning_rate(optimizer, args.lr * one_cycle(number, total_steps))
             step(*batch)
             images += len(batch[0]) * runs.world_size()
-            progress(1)
-        progress.clear()
         entry = {"epoch": epoch, "train": totals.metrics()}
         images_per_second = images / (time.monotonic() - started)
         check_finite(entry["train"]["loss"], f"epoch {epoch}")
@@ -395,9 +394,8 @@ def print_results(name, results):
     """A row of METRICS for each seed and, for several, their mean and standard deviation (n - 1)."""
     rows = [[seed, *(f"{result['test'][m]:.4f}" for m in METRICS)] for seed, result in results.items()]
     if len(results) > 1:
-        values = torch.tensor([[result["test"][m] for m in METRICS] for result in results.values()]).double()
-        spread = zip(values.mean(0).tolist(), values.std(0).tolist(), strict=True)
-        rows.append(["mean ± std", *(f"{mean:.4f} ± {std:.4f}" for mean, std in spread)])
+        values = [[result["test"][m] for result in results.values()] for m in METRICS]
+        rows.append(["mean ± std", *(f"{fmean(column):.4f} ± {stdev(column):.4f}" for column in values)])
     table = tabulate.tabulate(rows, ["seed", *METRICS], disable_numparse=True)
     print(f"\n{name}, test split\n{table}")
 
@@ -408,11 +406,11 @@ def print_results(name, results):
 def add_training_arguments(parser):
     """Optimizer and loss, with the slides' defaults; shared by every script."""
     group = parser.add_argument_group("optimizer")
-    add, positive, share = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, True)
+    add, positive, share = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, (0,))
     add("--lr", type=positive, default=0.001, help="learning rate (default: %(default)s)")
     add("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
     add("--momentum", type=share, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
-    add("--weight-decay", type=runs.number(float, 0, inclusive=True), default=0.0, help="(default: 0)")
+    add("--weight-decay", type=runs.number(float, 0, including=(0,)), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down "
         "to zero, without weight decay for norms and biases")  # fmt: skip
@@ -446,7 +444,7 @@ def make_parser():
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--stem", default="imagenet", choices=("imagenet", "small"), help="torchvision's networks only; "
         "small: 3x3 convolution of stride 1, no max-pool, for 32x32 (default: %(default)s)")  # fmt: skip
-    add("--dropout", type=runs.number(float, 0, 1, True), default=0.0, help="custom network only: rate k "
+    add("--dropout", type=runs.number(float, 0, 1, (0,)), default=0.0, help="custom network only: rate k "
         "after each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     names = ", ".join(augment.NAMES)
     add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")

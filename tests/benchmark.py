@@ -435,7 +435,7 @@ def main():
     add("what", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="(default: %(default)s)")
     add("--device", default="auto", help="as for train.py (default: %(default)s)")
     add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
-    add("--images", type=number(int, 32, inclusive=True), help="images per round; for data and start, in the "
+    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in the "
         "file or folder (default: enough for a steady rate)")  # fmt: skip
     add("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()

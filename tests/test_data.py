@@ -316,27 +316,26 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_only(monkey
 
 
 def test_steps_are_full_batches_from_as_many_passes_as_needed():
-    order, bounds = data.plan(50, 16, seed=1, epoch=1, steps=7)
-    assert bounds == [*range(0, 113, 16)] and len(order) == 112
+    order, sizes = data.plan(50, 16, seed=1, epoch=1, steps=7)
+    assert sizes == [16] * 7 and len(order) == 112
     assert torch.bincount(order, minlength=50).tolist().count(2) == 38  # the others occur three times
     assert torch.equal(order[:50].sort().values, torch.arange(50))
 
 
 @pytest.mark.parametrize("name", ["hybrid", "flip+rotation+crop+jitter+autoaugment+cutout"])
 def test_augmentation_depends_only_on_seed_and_epoch(name, monkeypatch, tmp_path):
-    """Not on the batch size, the chunk size, or where the images are stored."""
+    """Not on the batch size, or where the images are stored."""
     dataset = data.load("synthetic", fraction=0.25)
     np.save(tmp_path / "images.npy", dataset.train.images)
     in_file = data.Split(data.mapped(tmp_path / "images.npy"), dataset.train.labels)
     streams = augment.parse(name, dataset.mean)
-    monkeypatch.setattr(data, "BLOCK", 100)
+    monkeypatch.setattr(data, "CHUNK", 100)
 
-    def epoch(split=dataset.train, size=64, chunk=400, seed=1, epoch=1):
-        monkeypatch.setattr(data, "CHUNK", chunk)
+    def epoch(split=dataset.train, size=64, seed=1, epoch=1):
         return torch.cat([images for images, _ in batches(split, size, seed, epoch, dataset, streams)])
 
     whole = epoch()
-    for other in ({"size": 7}, {"size": 450}, {"chunk": 100}, {"chunk": 300}, {"split": in_file}):
+    for other in ({"size": 7}, {"size": 450}, {"split": in_file}):
         assert torch.equal(whole, epoch(**other)), other
     for other in ({"seed": 2}, {"epoch": 2}):
         assert not torch.equal(whole, epoch(**other)), other
@@ -390,7 +389,7 @@ def test_a_shuffled_last_batch_of_one_joins_the_previous_one():
 
 def test_a_last_batch_below_two_images_per_process_joins_the_previous_one(monkeypatch):
     monkeypatch.setattr(data.runs, "world_size", lambda: 2)
-    assert data.plan(35, 16, seed=1)[1] == [0, 16, 35] and data.plan(36, 16, seed=1)[1] == [0, 16, 32, 36]
+    assert data.plan(35, 16, seed=1)[1] == [16, 19] and data.plan(36, 16, seed=1)[1] == [16, 16, 4]
 
 
 # Downloads from a real server on this machine

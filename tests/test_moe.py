@@ -49,9 +49,9 @@ def test_with_a_width_of_512_the_mixture_is_as_large_as_three_bases():
 
 
 def test_feature_batches_hold_every_row_once():
-    inputs, labels = torch.arange(33.0).view(33, 1), torch.arange(33)
+    split = train.data.Split(torch.arange(33.0).view(33, 1), torch.arange(33))
     plan = train.data.plan(33, 16, seed=1, epoch=2)
-    batches = list(moe.feature_batches(inputs, labels, plan, torch.device("cpu")))
+    batches = list(moe.feature_batches(split, plan, torch.device("cpu")))
     assert [len(batch) for _, batch in batches] == [16, 17]
     assert sorted(torch.cat([batch for _, batch in batches]).tolist()) == list(range(33))
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
@@ -101,7 +101,8 @@ def test_features_are_in_the_compute_dtype_and_experts_stay_unchanged(adapters, 
     args = types.SimpleNamespace(train_adapters=adapters, adapter_width=16)
     run = types.SimpleNamespace(args=args, dataset=dataset, device=cpu, dtype=dtype)
     model = models.MixtureOfExperts(3, 10, adapters, 16)
-    seen = moe.features(run, [network] * 3, model, dataset.train)
+    seen, labels = moe.features(run, [network] * 3, model, dataset.train)
+    assert torch.equal(labels, dataset.train.labels)
     assert seen.shape == (300, 3, 4096 if adapters else 16) and seen.dtype == dtype
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     images = train.data.normalise(dataset.train.images[290:], dataset)

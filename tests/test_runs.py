@@ -1,6 +1,7 @@
 """Devices, checkpoints, errors: what keeps a run alive."""
 
 import io
+import itertools
 import json
 import os
 import signal
@@ -203,8 +204,15 @@ def test_run_names_show_settings_in_a_fixed_order():
 
 def test_progress_is_silent_without_a_terminal(monkeypatch):
     monkeypatch.setattr(runs.sys, "stderr", io.StringIO())
-    progress = runs.Progress("epoch 1/2", 10)
-    progress.drawn -= 1
-    progress(3)
-    progress.clear()
+    monkeypatch.setattr(runs.time, "monotonic", itertools.count().__next__)  # a second for each item
+    assert list(runs.progress("abc", "epoch 1/2", 3)) == ["a", "b", "c"]
     assert runs.sys.stderr.getvalue() == ""
+
+
+def test_progress_on_a_terminal_is_redrawn_and_cleared(monkeypatch):
+    monkeypatch.setattr(runs.sys, "stderr", io.StringIO())
+    monkeypatch.setattr(runs.sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(runs.time, "monotonic", itertools.count().__next__)
+    list(runs.progress([[1, 2], [3]], "decoding", 3, len))
+    lines = runs.sys.stderr.getvalue().split("\r")
+    assert lines == ["", "decoding: 2/3, 2/s, 0 s left\033[K", "decoding: 3/3, 2/s, 0 s left\033[K", "\033[K"]
