@@ -113,7 +113,7 @@ def to_device(split, device):
 
 
 def batches(split, dataset, device, plan, streams=((),), key=()):
-    """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised, channels_last; int64 (B,).
+    """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised; int64 (B,).
 
     plan: (order, sizes) from `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
     generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which
@@ -162,10 +162,17 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
 
 
 def normalise(images, dataset):
-    """uint8 (N, 3, H, W) to float32, channels_last, with mean 0 and standard deviation 1 per channel."""
+    """uint8 (N, 3, H, W) to float32, in memory_format, with mean 0 and standard deviation 1 per channel."""
     factors = [(1 / (255 * std), -mean / std) for mean, std in zip(dataset.mean, dataset.std, strict=True)]
-    scale, shift = upload(torch.tensor(factors).T[:, :, None, None], images.device)
-    return images.contiguous(memory_format=torch.channels_last).float().mul_(scale).add_(shift)
+    scale, shift = upload(torch.tensor(factors).T.contiguous(), images.device)[:, :, None, None]
+    images = images.contiguous(memory_format=memory_format(images.device))
+    return images.float().mul_(scale).add_(shift)
+
+
+def memory_format(device):
+    """Of images and networks: channels_last, except on MPS, where the backward passes of batch norm and pooling
+    are then wrong or abort the process (github.com/pytorch/pytorch/issues/175189 and 175190)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def upload(tensor, device):

@@ -165,7 +165,8 @@ def train_embedding(run):
         check_sizes(getattr(dataset, name), name, args, dataset.classes)
     torch.manual_seed(run.seed)
     model = models.FewShotEmbedding()
-    network = Prototypes(model, args.way, args.shot).to(run.device, memory_format=torch.channels_last)
+    network = Prototypes(model, args.way, args.shot)
+    network = network.to(run.device, memory_format=data.memory_format(run.device))
     print(f"embedding: {train.describe(model, run)}; an epoch is {EPOCH} episodes")
     (stream,) = augment.parse("flip+autoaugment")
     steps = [min(EPOCH, args.episodes - start) for start in range(0, args.episodes, EPOCH)]

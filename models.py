@@ -217,8 +217,9 @@ class SelfAttention(nn.Module):
     def forward(self, tokens):
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (N, T, 3, heads, width / heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if query.is_cuda or query.dtype == torch.bfloat16:
-            # Written out: CUDA's fused backward is nondeterministic; on a CPU in bf16, 1.5 times as fast
+        if query.device.type != "cpu" or query.dtype == torch.bfloat16:
+            # Written out: CUDA's fused backward is nondeterministic, MPS has returned wrong values for views
+            # (github.com/pytorch/pytorch/issues/163597), and on a CPU in bf16 it is 1.5 times as fast
             weights = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)  # (N, heads, T, T)
             mixed = weights.softmax(-1) @ value
         else:

@@ -72,7 +72,7 @@ def feature_batches(split, plan, device):
     """Yield (features, labels) on the device. split: data.Split of features; plan: from `data.plan`."""
     order, sizes = plan
     for rows in data.upload(order, split.labels.device).split(sizes):
-        yield split.images[rows].to(device).float(), split.labels[rows].to(device)
+        yield data.upload(split.images[rows], device).float(), data.upload(split.labels[rows], device)
 
 
 def train_gate(run):
@@ -81,7 +81,7 @@ def train_gate(run):
     networks = [expert(args, run.seed, part) for part in specialties(args)]
     bases = [networks[0] if seed == run.seed else expert(args, seed) for seed in ENSEMBLE]
     for network in (*networks, *bases):
-        network.to(device, memory_format=torch.channels_last)
+        network.to(device, memory_format=data.memory_format(device))
     compared = {"base": networks[:1], "pair": bases[:2], "ensemble": bases}
     outcome = {name: average(run, several).metrics() for name, several in compared.items()}
     torch.manual_seed(run.seed)
@@ -177,7 +177,8 @@ def make_parser():
     add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
         help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
     add("--train-adapters", action="store_true", help="train the layers between experts and gating network; "
-        "by default they keep their random initialization, as in the authors' code")  # fmt: skip
+        "by default they keep their random initialization, as in the authors' code. On CINIC-10 the features "
+        "take 7 GB of memory in bf16 or fp16, 13 GB in float32")  # fmt: skip
     train.add_epoch_arguments(parser)
     train.add_training_arguments(parser)
     runs.add_arguments(parser)

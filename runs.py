@@ -11,6 +11,7 @@ Every script passes its `main` to `command_line` and its training function to `r
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
 import math
@@ -234,6 +235,8 @@ def use_device(name):
     kind, _, index = name.partition(":")
     if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"--device {name}: not available on this machine; use auto or cpu")
+    if kind == "mps" and world_size() > 1:
+        raise ValueError(f"--device {name}: torchrun does not support it; use --device cpu")
     if kind == "cuda" and world_size() > 1:
         if index:
             raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
@@ -267,7 +270,7 @@ def make_repeatable():
     """Make the same command give the same bits on the same machine, and disable TF32."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Filling costs time, and nothing here reads uninitialized memory
+    # Filling takes time, and nothing here reads uninitialized memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
@@ -293,7 +296,9 @@ def processes(args):
         return
     if args.batch_size < 2 * world:
         raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Rank 0 may wait long for the lock of another run; if a process dies, torchrun ends the others
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
             yield
@@ -354,7 +359,7 @@ class Run:
         self.saved = time.monotonic()
         self.settings = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
         self.settings |= {"seed": seed, "fingerprint": dataset.fingerprint}
-        self.settings |= {"device": device.type, "dtype": str(self.dtype)}
+        self.settings |= {"device": device.type, "dtype": str(self.dtype), "processes": world_size()}
 
     def save(self, stateful, history):
         """Save a checkpoint, unless the last is less than args.checkpoint_every seconds old.

@@ -122,7 +122,14 @@ def make_optimizer(parameters, args, device):
         options["fused"] = True
         if device.type == "cuda" and args.optimizer != "sgd":  # sgd has no step count to capture
             options["capturable"] = True
-    return OPTIMIZERS[args.optimizer](parameters, **options)
+    optimizer = OPTIMIZERS[args.optimizer](parameters, **options)
+    if args.optimizer == "sgd" and args.momentum:
+        # Otherwise fused SGD allocates the buffers uninitialized, and keeps them so if fp16 overflows in the
+        # first step
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def one_cycle(step, steps):
@@ -152,9 +159,9 @@ def mixed_precision(run):
     return autocast, torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
 
 
-def is_captured(args, device):
-    """Whether the training step is captured in a CUDA graph."""
-    return args.graph and device.type == "cuda" and args.optimizer in FUSED and runs.world_size() == 1
+def is_capturable(args, device):
+    """Whether the training step can be captured in a CUDA graph by a single process."""
+    return device.type == "cuda" and args.optimizer in FUSED
 
 
 class CapturedStep:
@@ -251,10 +258,10 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
         totals.count(logits, labels, loss)
 
     rate = args.lr
-    if is_captured(args, device):
+    if is_capturable(args, device) and args.schedule != "none":
+        rate = torch.full((), args.lr, device=device)  # for the same bits, also if the step is not captured
+    if is_capturable(args, device) and args.graph and runs.world_size() == 1:
         step = CapturedStep(step)
-        if args.schedule != "none":
-            rate = torch.full((), args.lr, device=device)
     elif device.type == "cuda":
         print("CUDA graphs are disabled: they need adam, adamw or sgd, one process, and no --no-graph")
     for group in optimizer.param_groups:  # a checkpoint holds the last step's
@@ -325,10 +332,12 @@ def train(run):
         raise ValueError(f"{args.arch} cannot train on one image at a time (batch norm): raise --batch-size")
     torch.manual_seed(run.seed)
     model = models.build(args.arch, len(dataset.classes), args.dropout, args.pretrained, args.stem)
-    model = model.to(run.device, memory_format=torch.channels_last)
+    model = model.to(run.device, memory_format=data.memory_format(run.device))
     print(f"{args.arch}: {describe(model, run)}")
     streams = augment.parse(args.aug, dataset.mean)
     images = len(dataset.train.labels) * len(streams)
+    if images < runs.world_size():
+        raise ValueError(f"{images} training images are too few for {runs.world_size()} processes")
     steps = args.steps_per_epoch or math.ceil(images / args.batch_size)
 
     def train_batches(epoch):
@@ -364,7 +373,7 @@ def test_mirrored(args, name, results):
             dataset = dataset or data.load(args.data, args.root, args.fraction, args.classes)
             run = runs.Run(args, seed, dataset, device, Path(args.out) / name / f"seed{seed}.json")
             model = Mirrored(models.load(run.path.with_suffix(".pt")))
-            model = model.to(device, memory_format=torch.channels_last)
+            model = model.to(device, memory_format=data.memory_format(device))
             batches = evaluation_batches(run, dataset.test)
             result["test_tta"] = evaluate(run, model, batches, len(dataset.classes)).metrics()
             if runs.rank() == 0:

@@ -121,7 +121,7 @@ def quietly(training, *arguments):
 
 def our_training(run, steps):
     """A function that trains for some steps and returns images/s."""
-    model = models.build(run.args.arch).to(run.device, memory_format=torch.channels_last)
+    model = models.build(run.args.arch).to(run.device, memory_format=data.memory_format(run.device))
     # The first epoch is not counted: on CUDA its steps capture the graph
     epochs, batches = [5 if run.device.type == "cuda" else 1, steps], endless(run)
 

@@ -354,6 +354,16 @@ def test_a_data_set_larger_than_memory_is_mapped(tmp_path):
     assert next(batches(split, 64, seed=1))[0].shape == (64, 3, 32, 32)
 
 
+def test_images_are_channels_last_but_not_on_mps(monkeypatch):
+    cpu, mps = (data.memory_format(torch.device(kind)) for kind in ("cpu", "mps"))
+    assert cpu == torch.channels_last and mps == torch.contiguous_format
+    dataset = data.synthetic((20, 10, 10))
+    wanted = data.normalise(dataset.test.images, dataset)
+    monkeypatch.setattr(data, "memory_format", lambda device: mps)
+    images = data.normalise(dataset.test.images, dataset)
+    assert images.is_contiguous() and torch.equal(images, wanted)
+
+
 def test_batches_are_normalised_channels_last_and_match_their_labels():
     dataset = data.load("synthetic", fraction=0.1)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (dataset.mean, dataset.std))

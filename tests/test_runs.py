@@ -64,6 +64,14 @@ def test_torchrun_gives_each_process_its_own_gpu(two_gpus, monkeypatch):
         runs.use_device("cuda")
 
 
+def test_torchrun_on_a_mac_needs_the_cpu(monkeypatch):
+    monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--device auto|mps: torchrun does not support it; use --device cpu"):
+        runs.use_device("auto")
+    assert runs.use_device("cpu") == CPU
+
+
 def test_float32_is_not_tf32():
     torch.backends.cudnn.allow_tf32 = True
     runs.make_repeatable()
@@ -93,6 +101,15 @@ def test_a_checkpoint_with_different_settings_or_device_is_reported_and_ignored(
     make_run(tmp_path).save(states(), [{"epoch": 1}])
     assert make_run(tmp_path, *words, device=device).restore(states()) == []
     assert f"different settings ({named}); restarting from scratch" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_number_of_processes_is_ignored(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path).save(states(), [{"epoch": 1}])
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "world_size", lambda: 2)
+        run = make_run(tmp_path)
+    assert run.restore(states()) == []
+    assert "different settings (processes); restarting from scratch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5])

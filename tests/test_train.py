@@ -185,7 +185,7 @@ def test_a_captured_step_never_reads_the_device(settings, scaled, tmp_path, monk
             assert recorder.reads == []
             calls.append(batch)
 
-    monkeypatch.setattr(train, "is_captured", lambda *_: True)
+    monkeypatch.setattr(train, "is_capturable", lambda *_: True)
     monkeypatch.setattr(train, "CapturedStep", Recorded)
     run = make_run(tmp_path, "--amp", "bf16", *settings)
     if scaled:
@@ -291,6 +291,27 @@ def test_fit_sets_the_learning_rate_of_each_step_even_after_resuming(tmp_path, m
             run.save({"model": model, "optimizer": optimizer, "scaler": scaler}, [{"epoch": 1}])
             del seen[:]
     assert seen == pytest.approx([0.1 * train.one_cycle(step, 15) for step in range(5, 15)])
+
+
+def test_an_overflow_in_the_first_step_leaves_sgds_momentum_at_zero():
+    """As GradScaler reports it to a fused optimizer: that step changes nothing, nor does it affect the next."""
+    args = train.parse_arguments(["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.1"])
+    for _ in range(10):
+        weight = torch.nn.Parameter(torch.ones(1000))
+        optimizer = train.make_optimizer([weight], args, torch.device("cpu"))
+        optimizer.grad_scale = torch.tensor(1.0)
+        for overflow, wanted in ((1.0, 1.0), (0.0, 0.81), (0.0, 0.539)):
+            weight.grad = torch.ones(1000)
+            optimizer.found_inf = torch.tensor(overflow)
+            optimizer.step()
+            torch.testing.assert_close(weight.detach(), torch.full((1000,), wanted))
+
+
+def test_more_processes_than_images_is_an_error(tmp_path, monkeypatch):
+    run = make_run(tmp_path, "--batch-size", 64)
+    monkeypatch.setattr(runs, "world_size", lambda: 1000)
+    with pytest.raises(ValueError, match="training images are too few for 1000 processes"):
+        train.train(run)
 
 
 def test_with_a_schedule_norms_and_biases_have_no_weight_decay():
