@@ -1,7 +1,7 @@
 """Turn result files into tables and figures, with the slides' numbers beside ours.
 
     python aggregate.py results                          # every table, as GitHub shows it
-    python aggregate.py results --format latex           # also plain, csv, json
+    python aggregate.py results --format latex           # also csv, json
     python aggregate.py results --figures figures        # the figures too (needs matplotlib)
 
 Rows and columns are those of the study in `study.py`. A table holds the results of one data set, one fraction of it and
@@ -17,9 +17,9 @@ import math
 import os
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import tabulate
@@ -37,12 +37,8 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 # The study
 
 
-class Line(NamedTuple):
-    tables: list  # names of the tables it belongs to
-    script: str  # a key of SCRIPTS
-    settings: dict  # every setting of its run
-    given: dict  # the settings that its line in study.py gives
-
+# A run of the study. script: a key of SCRIPTS; settings: all its settings; given: those that its line in study.py gives
+Line = collections.namedtuple("Line", "script settings given")
 
 # Recorded with a run, but irrelevant to what was trained
 NO_SETTING = set(runs.NEUTRAL) - {"amp"}
@@ -53,26 +49,29 @@ STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_de
 
 
 def complete(script, config):
-    """All settings of a run: those given, otherwise its script's defaults."""
+    """All settings of a run: those given, otherwise its script's defaults. query is None if it is the fraction's."""
     settings = vars(SCRIPTS[script].make_parser().parse_args([])) | config
     settings["data"] = os.path.normpath(settings["data"])
-    if script == "fewshot" and settings["query"] is None:
-        settings["query"] = fewshot.default_query(settings["fraction"])
+    if script == "fewshot" and settings["query"] == fewshot.default_query(settings["fraction"]):
+        settings["query"] = None
     return {key: value for key, value in settings.items() if key not in NO_SETTING}
 
 
+def differing(settings, others):
+    """The settings that have another value in `others`, or none."""
+    return {key: value for key, value in settings.items() if value != others.get(key)}
+
+
 def read_study():
-    """The lines of study.py, one per network. Raises ValueError for an invalid line."""
-    lines = []
-    for tables, script, words in study.lines():
-        if script == "augment":
-            continue  # a picture
-        parser = SCRIPTS[script].make_parser()
-        given = vars(parser.parse_args(words))
-        given = {key: value for key, value in given.items() if value != parser.get_default(key)}
-        given = {key: value for key, value in given.items() if key not in NO_SETTING}
-        lines.append(Line(tables, script, complete(script, given), given))
-    return lines
+    """{table: {network: its lines of study.py}}. Raises ValueError for an invalid line."""
+    tables = collections.defaultdict(lambda: collections.defaultdict(list))
+    for names, script, words in study.lines():
+        if script in SCRIPTS:  # augment.py draws a picture
+            settings = complete(script, vars(SCRIPTS[script].make_parser().parse_args(words)))
+            line = Line(script, settings, differing(settings, complete(script, {})))
+            for name in names:
+                tables[name][settings.get("arch", script)].append(line)
+    return tables
 
 
 try:
@@ -84,11 +83,9 @@ except ValueError as error:
 # The tables
 
 
-class Table(NamedTuple):
-    title: str | None  # None: only a figure
-    rows: str  # a setting, `network`, `run` (what it adds to the run above) or `part` (of a mixture's result)
-    columns: str | tuple  # a setting, `method`, or columns that every row has
-
+# title: None for a figure's; rows: a setting, `network`, `run` (what it adds to the run above) or `part` (of a mixture's
+# result); columns: a setting, `method`, or a tuple of columns that every row has
+Table = collections.namedtuple("Table", "title rows columns")
 
 COLUMNS = {  # part of a result file, metric; other columns show the test accuracy of a setting or method
     **{metric: ("test", metric) for metric in METRICS},
@@ -123,10 +120,8 @@ TABLES = {
     "beyond-moe": Table("Beyond the slides: mixture of experts", "part", MIXTURE),
     "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "method"),
 }  # fmt: skip
-TABLES |= {  # tables that only study.py names
-    name: Table(name.replace("-", " ").capitalize(), "run", METRICS)
-    for line in STUDY for name in line.tables if name not in TABLES
-}  # fmt: skip
+for name in STUDY:  # tables that only study.py names
+    TABLES.setdefault(name, Table(name.replace("-", " ").capitalize(), "run", METRICS))
 
 
 def read_published(text):
@@ -227,18 +222,14 @@ def in_words(settings):
 
 
 def lay_out(name):
-    """The lines of a table, grouped by network: (line, (row, column) of each cell it fills, row it builds on). A run
-    builds on the one above if it only adds settings. A line that would fill another's cells gets its own row."""
-    table, layout, taken, networks = TABLES[name], [], set(), collections.defaultdict(list)
-    for line in STUDY:
-        if name in line.tables:
-            networks[line.settings.get("arch", line.script)].append(line)
-    for network, lines in networks.items():
+    """The lines of a table: (line, (row, column) of each cell it fills, row it builds on). A run builds on the one
+    above of its network if it only adds settings. A line that would fill another's cells gets its own row."""
+    table, layout, taken = TABLES[name], [], set()
+    for network, lines in STUDY[name].items():
         row, above = None, {}
         for line in lines:
             adds = above.items() <= line.given.items()
-            known = {"arch", *(above if adds else ())}
-            added = in_words({key: value for key, value in line.given.items() if key not in known})
+            added = in_words(differing(line.given, {"arch": network} | (above if adds else {})))
             start = line.settings.get("pretrained")
             base, row, above = row if adds else None, network, line.given
             if table.rows == "run" and added:
@@ -249,8 +240,8 @@ def lay_out(name):
                 row = text_of(line.settings[table.rows])
             if taken & set(places(table, line, row)):
                 row += f" ({in_words(line.given)})"
-            taken |= set(places(table, line, row))
             layout.append((line, places(table, line, row), base))
+            taken |= set(layout[-1][1])
     return layout
 
 
@@ -277,22 +268,22 @@ Result = collections.namedtuple("Result", "path script settings seed common cont
 
 def read(folder):
     """The finished runs below a folder, a list of Result. Unusable files are reported on standard error."""
-    results, known, fingerprints = [], {}, collections.defaultdict(set)
+    results, runs_read, fingerprints = [], collections.defaultdict(list), collections.defaultdict(set)
     for path in sorted(Path(folder).rglob("seed*.json")):
         try:
             result = understand(path)
-            seeds = known.setdefault((result.script, frozenset(result.settings.items())), {})
-            if result.seed in seeds:
-                raise ValueError(f"the same run as {seeds[result.seed].path}")
-            first = next(iter(seeds.values()), result)
-            for what, value in first.common.items():
-                if (ours := result.common[what]) != value:
-                    raise ValueError(f"{what} {ours}, and {value} in seed {first.seed} of its run")
+            siblings = runs_read[result.script, frozenset(result.settings.items())]
+            for other in siblings:
+                if other.seed == result.seed:
+                    raise ValueError(f"the same run as {other.path}")
+                for what, value in other.common.items():
+                    if (ours := result.common[what]) != value:
+                        raise ValueError(f"{what} {ours}, and {value} in seed {other.seed} of its run")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             print(f"left out: {path}: {reason}", file=sys.stderr)
             continue
-        seeds[result.seed] = result
+        siblings.append(result)
         results.append(result)
         fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
     for result in results:
@@ -306,22 +297,20 @@ def understand(path):
     content = json.loads(path.read_text())
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
-    config, environment, classes = content["config"], content["environment"], len(content["data"]["classes"])
+    config, environment, history = content["config"], content["environment"], content["history"]
     script = "fewshot" if "way" in config else "moe" if "train_adapters" in config else "train"
     settings = complete(script, config)
-    done = len(content["history"])
-    if script != "fewshot" and done != settings["epochs"]:
-        raise ValueError(f"half a run: {done} of {settings['epochs']} epochs")
+    if script != "fewshot" and len(history) != settings["epochs"]:
+        raise ValueError(f"half a run: {len(history)} of {settings['epochs']} epochs")
     splits = ("train",) if script == "fewshot" else ("train", "valid")
     tested = {"test", *(content.keys() & {*PARTS.values(), *(part for part, _ in COLUMNS.values())})}
     parts = [content[name] for name in tested]
-    parts += [entry[split] for entry in content["history"] for split in splits]
+    parts += [entry[split] for entry in history for split in splits]
     if not all(math.isfinite(part[metric]) for part in parts for metric in METRICS):
         raise ValueError("a metric is not finite")
-    widths = {"confusion": classes, "gate": 3} if script == "moe" else {"confusion": classes}
-    for name, width in widths.items():
-        if np.shape(content[name]) != (classes, width):
-            raise ValueError(f"{name} is not of {classes} classes")
+    classes = len(content["data"]["classes"])
+    if np.shape(content["confusion"]) != (classes, classes):
+        raise ValueError(f"confusion is not of {classes} classes")
     for part, cost in content.get("cost", {}).items():
         content[part] |= cost
     common = {
@@ -345,7 +334,7 @@ def arrange(results, published):
 
     A table whose results all appear together in another table is omitted.
     """
-    tables, used, shown = collections.defaultdict(dict), set(), []
+    tables, paths, used = collections.defaultdict(dict), collections.defaultdict(set), set()
     own = complete("train", {}).keys() ^ complete("fewshot", {}).keys()
     for name, result in itertools.product(TABLES, results):
         differs, cells = nearest(name, result)
@@ -353,36 +342,37 @@ def arrange(results, published):
             continue
         used.add(result.path)
         start = START[differs.pop("pretrained")] if "pretrained" in differs else ""
-        label = ""
+        words = ""
         if name == "fewshot" or TABLES[name].columns == "method":  # episodes or epochs: no table of their own
-            label = in_words({key: differs.pop(key) for key in list(differs) if key in own})
-        group = tuple(sorted(differs.items()))
+            words = in_words({key: differs.pop(key) for key in list(differs) if key in own})
+        key = name, tuple(sorted(differs.items()))
         for row, column in cells:
-            place = (row + start, f"{column} ({label})" if label else column)
-            tables[name, group].setdefault(place, []).append(result)
-    for name, group in sorted(tables, key=lambda key: (TABLES[key[0]].columns == "method", len(key[1]))):
-        paths = {result.path for found in tables[name, group].values() for result in found}
-        if any(paths <= others for others in shown):
-            del tables[name, group]
-        shown.append(paths)
-    blocks = [Block(name, dict(group), found, unite(found), []) for (name, group), found in tables.items()]
+            tables[key].setdefault((row + start, column), {}).setdefault(words, []).append(result)
+            paths[key].add(result.path)
+    keys = sorted(tables, key=lambda key: (TABLES[key[0]].columns == "method", len(key[1])))
+    for number, key in enumerate(keys):
+        if any(paths[key] <= paths[other] for other in keys[:number]):
+            del tables[key]
+    blocks = [Block(name, dict(group), *unite(variants), []) for (name, group), variants in tables.items()]
     blocks = [block._replace(cells=cells_of(block, published)) for block in blocks]
     blocks.sort(key=lambda block: (len(block.group), str(block.group)))
     return blocks, [result for result in results if result.path not in used]
 
 
-def unite(found):
-    """Rename columns `method (settings)` to `method` in rows with no other run of that method. Returns notes on the
-    settings, a list of str."""
-    rows = {}
-    for row, column in sorted(found):
-        method, _, settings = column.partition(" (")
-        alike = [other for other in found if other[0] == row and other[1].split(" (")[0] == method]
-        if settings and alike == [(row, column)]:
-            found[row, method] = found.pop((row, column))
-            script = found[row, method][0].script
-            rows.setdefault((script, settings[:-1]), []).append(row)
-    return [f"{script}.py at {', '.join(dict.fromkeys(at))}: {words}" for (script, words), at in rows.items()]
+def unite(variants):
+    """{(row, column): results} and notes, from {(row, column): {settings in words: results}}. Settings that differ from
+    the study's are in a note if the cell has no others, else in the name of a column of their own."""
+    found, rows = {}, collections.defaultdict(list)
+    for (row, column), by_words in sorted(variants.items()):
+        for words, results in by_words.items():
+            if words and len(by_words) > 1:
+                found[row, f"{column} ({words})"] = results
+                continue
+            found[row, column] = results
+            if words:
+                rows[f"{results[0].script}.py", words].append(row)
+    notes = [f"{script} at {', '.join(dict.fromkeys(at))}: {words}" for (script, words), at in rows.items()]
+    return found, notes
 
 
 def nearest(name, result):
@@ -390,8 +380,9 @@ def nearest(name, result):
     where they differ, and the line's cells. (None, None) if there is none."""
     fits = []
     for line, cells, _ in LAYOUT[name]:
-        fixed = {*STUDIED, *line.given} - ({"pretrained"} if TABLES[name].rows == "network" else set())
-        differs = {key: value for key, value in result.settings.items() if value != line.settings.get(key)}
+        fixed = {*STUDIED, *line.given, TABLES[name].rows}
+        fixed -= {"pretrained"} if TABLES[name].rows == "network" else set()
+        differs = differing(result.settings, line.settings)
         if result.script == line.script and not fixed & differs.keys():
             fits.append((differs, cells))
     return min(fits, key=lambda fit: len(fit[0]), default=(None, None))
@@ -409,13 +400,13 @@ def cells_of(block, published):
     table, group, cells = TABLES[block.name], describe(block), []
     places = itertools.product(*labels(block))
     values = {place: numbers(block.found.get(place, []), *place) for place in places}
+    comparable = not block.group and not block.notes
     axis = 0 if isinstance(table.columns, str) else 1  # mark the best of a row, or of a column?
     for place, seeds in values.items():
         mean = float(np.mean(seeds)) if seeds else None
         std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 and place[1] not in COSTS else None
-        comparable = seeds and not block.group and not block.notes
-        slides = published.get((block.name, *place)) if comparable else None
-        difference = mean - slides[0] if slides else None
+        theirs = published.get((block.name, *place)) if seeds and comparable else None
+        difference = mean - theirs[0] if theirs else None
         rivals = [others for other, others in values.items() if others and other[axis] == place[axis]]
         best = tied = False
         if seeds and len(rivals) > 1 and place[1] not in COSTS and (axis == 0 or table.rows != "fraction"):
@@ -423,7 +414,7 @@ def cells_of(block, published):
             best = seeds is first
             tied = not best and min(len(seeds), len(first)) >= 3 and p_value(seeds, first) > 0.05
         ours = (group, table.title, *place, mean, std, len(seeds))
-        cells.append(Cell(*ours, *(slides or (None, None)), difference, best, tied))
+        cells.append(Cell(*ours, *(theirs or (None, None)), difference, best, tied))
     return cells
 
 
@@ -435,8 +426,8 @@ def labels(block):
     cells = [cell for _, cells, _ in LAYOUT[block.name] for cell in cells]
     all_rows, all_columns = (sorted(dict.fromkeys(axis), key=size) for axis in zip(*cells, strict=True))
     filled = {place[1] for place, results in block.found.items() if numbers(results, *place)}
-    filled = sorted(filled.union(all_columns if slides else ()))
-    columns = [label for column in all_columns for label in filled if label.split(" (")[0] == column]
+    filled |= set(all_columns) if slides else set()
+    columns = sorted(filled, key=lambda label: (all_columns.index(label.split(" (")[0]), label))
     counts, rows = collections.Counter(row for row, _ in block.found), []
     for row in all_rows:
         others = [row + start for start in START.values() if row + start in counts]
@@ -492,8 +483,8 @@ def describe(block, but=()):
 
 def caption(block):
     """Data set, settings and length of training."""
-    runs = [result.settings for results in block.found.values() for result in results]
-    lengths = {(key, run[key]) for run in runs for key in ("epochs", "episodes") if key in run}
+    settings = [result.settings for results in block.found.values() for result in results]
+    lengths = {(key, run[key]) for run in settings for key in ("epochs", "episodes") if key in run}
     lengths = " or ".join(in_words(dict([length])) for length in sorted(lengths))
     return f"{describe(block, but=('epochs', 'episodes'))}, {lengths}"
 
@@ -521,67 +512,49 @@ def command(block, folder):
 
 
 def escaped(text):
-    """Text escaped for LaTeX, with a minus sign in front of numbers."""
+    """Text escaped for LaTeX, with a minus sign in front of numbers, and bold between `**`."""
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "≈": r"$\approx$", "<": "$<$", ">": "$>$"}
+    special |= {"±": r"$\pm$", "≈": r"$\approx$", "<": "$<$", ">": "$>$", "−": "$-$"}
     special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    text, minus = re.subn(r"^-(?=\d)", "", text)
-    return "$-$" * minus + "".join(special.get(character, character) for character in text)
+    text = "".join(special.get(character, character) for character in re.sub(r"^-(?=\d)", "−", text))
+    return re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", text)
 
 
-STYLES = {  # tabulate's name, best number, heading of a group, heading of a table, note
-    "github": ("github", "**{}**", "## {}", "### {}", "{}"),
-    "plain": ("simple", "{} *", "=== {} ===", "{}", "{}"),
-    "latex": (None, r"\textbf{{{}}}", "% {}", None, "% {}"),
-}
-
-
-def print_tables(blocks, form, folder, with_published):
-    """Print every table. folder: the results folder."""
-    style, _, heading, title, note = STYLES[form]
-    if form == "latex":
+def print_tables(blocks, args):
+    """Print every table, as GitHub shows it or for LaTeX."""
+    heading, note, show = ("%", "% ", latex_table) if args.format == "latex" else ("##", "", github_table)
+    if args.format == "latex":
         print("% in the preamble: \\usepackage{booktabs,graphicx}\n")
     group = None
     for block in blocks:
         if block.group != group:
             group = block.group
-            print(heading.format(describe(block)) + "\n")
-            if group and with_published:
+            print(f"{heading} {describe(block)}\n")
+            if group and not args.no_published:
                 text = "Not CINIC-10 with the study's settings: the published numbers are not comparable."
-                print(note.format(text) + "\n")
-        seeds = collections.Counter(cell.seeds for cell in block.cells if cell.seeds)
-        usual = seeds.most_common(1)[0][0]  # the number of seeds in cells that state none
-        lines, text = written(block, usual, form), explanation(block, usual, form)
-        name = TABLES[block.name].title
-        if form == "latex":
-            text = escaped(f"{name}: {caption(block)}, test split. {text}")
-            print(latex_table(lines, text, slug(f"tab:{block.name}", group)))
-        else:
-            aligned = ["left"] + ["right"] * (len(lines[0]) - 1)
-            table = tabulate.tabulate(lines, "firstrow", style, disable_numparse=True, colalign=aligned)
-            print(f"{title.format(name)}\n\n{table}\n\n{text}\n")
+                print(f"{note}{text}\n")
+        usual = statistics.mode(cell.seeds for cell in block.cells if cell.seeds)  # cells need not say it
+        print(show(block, written(block, usual), explanation(block, usual)) + "\n")
         if any((cell.row, cell.column) not in block.found for cell in block.cells):
-            print(note.format(f"Missing: `{command(block, folder)}`") + "\n")
+            print(f"{note}Missing: `{command(block, args.results)}`\n")
 
 
-def written(block, usual, form):
+def written(block, usual):
     """The rows of a printed table, header first: ours and, if available, the slides' and the difference."""
-    rows, best, escape = TABLES[block.name].rows, STYLES[form][1], escaped if form == "latex" else str
+    rows = TABLES[block.name].rows
     corner = "" if rows in ("network", "run", "part") else rows.replace("_", " ")
-    lines = [[corner, *map(escape, dict.fromkeys(cell.column for cell in block.cells))]]
+    lines = [[corner, *dict.fromkeys(cell.column for cell in block.cells)]]
     accuracy = {cell.row: cell.mean for cell in block.cells if cell.column == "accuracy" and cell.seeds}
     bases = {cells[0][0]: base for _, cells, base in LAYOUT[block.name] if base in accuracy}
     for row, cells in itertools.groupby(block.cells, key=lambda cell: cell.row):
-        ours, slides, difference = [escape(row)], ["slides"], ["difference"]
-        for cell in cells:
-            text = escape(our_number(cell, usual))
-            ours.append(best.format(text) if cell.best else text)
-            slides.append(escape(mean_and_std(cell.slides_mean, cell.slides_std)))
-            difference.append(escape(signed(cell.difference)))
+        cells = list(cells)
+        lines.append([row, *(our_number(cell, usual) for cell in cells)])
         if rows == "run":
-            gain = accuracy[row] - accuracy[bases[row]] if row in accuracy and row in bases else None
-            ours.append(escape(signed(gain)))
-        lines += [ours, slides, difference] if any(slides[1:]) else [ours]
+            gains = row in accuracy and row in bases
+            lines[-1].append(signed(accuracy[row] - accuracy[bases[row]] if gains else None))
+        if any(cell.slides_mean is not None for cell in cells):
+            lines.append(["slides", *(mean_and_std(cell.slides_mean, cell.slides_std) for cell in cells)])
+            lines.append(["difference", *(signed(cell.difference) for cell in cells)])
     lines[0] += ["gain"] if rows == "run" else []
     return lines
 
@@ -591,23 +564,28 @@ def our_number(cell, usual):
         return COSTS[cell.column].format(cell.mean)
     text = mean_and_std(cell.mean, cell.std) or "-"
     text += f" (n = {cell.seeds})" if cell.seeds not in (0, usual) else ""
+    text = f"**{text}**" if cell.best else text
     return f"{text} ≈" if cell.tied else text
 
 
-def explanation(block, usual, form):
+def explanation(block, usual):
     """What a table's numbers and marks mean."""
     text = f"Mean ± standard deviation over n = {usual} seeds"
     if usual == 1:
         text = "One seed (n = 1) unless a cell says otherwise"
     marked = [cell for cell in block.cells if cell.best or cell.tied]
     if marked:
-        line = "row" if isinstance(TABLES[block.name].columns, str) else "column"
-        text += f"; {'*' if form == 'plain' else 'bold'}: best of its {line}"
+        text += f"; bold: best of its {'row' if isinstance(TABLES[block.name].columns, str) else 'column'}"
     if any(cell.tied for cell in marked):
-        seeds = sorted({cell.seeds for cell in marked})
-        seeds = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
+        seeds = span(cell.seeds for cell in marked if cell.seeds > 2)
         text += f"; ≈: not told apart from the best (Welch, p > 0.05, n = {seeds})"
     return "; ".join([text, *block.notes]) + "."
+
+
+def span(counts):
+    """`3`, or `1–3` if the counts differ."""
+    first, *others = sorted(set(counts))
+    return f"{first}–{others[-1]}" if others else str(first)
 
 
 def mean_and_std(mean, std):
@@ -619,14 +597,22 @@ def signed(number):
     return "" if number is None else f"{number:+.4f}"
 
 
-def latex_table(lines, caption, label):
+def github_table(block, lines, text):
+    aligned = ["left"] + ["right"] * (len(lines[0]) - 1)
+    table = tabulate.tabulate(lines, "firstrow", "github", disable_numparse=True, colalign=aligned)
+    return f"### {TABLES[block.name].title}\n\n{table}\n\n{text}"
+
+
+def latex_table(block, lines, text):
     """A table environment, no wider than the text."""
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    caption_text = escaped(f"{TABLES[block.name].title}: {caption(block)}, test split. {text}")
+    head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
     return "\n".join([
-        r"\begin{table}", r"\centering", r"\setlength{\belowcaptionskip}{6pt}", rf"\caption{{{caption}}}", rf"\label{{{label}}}",
+        r"\begin{table}", r"\centering", r"\setlength{\belowcaptionskip}{6pt}", rf"\caption{{{caption_text}}}",
+        rf"\label{{{slug(f'tab:{block.name}', block.group)}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
-        r"\end{tabular}}", r"\end{table}", "",
+        r"\end{tabular}}", r"\end{table}",
     ])  # fmt: skip
 
 
@@ -645,8 +631,7 @@ def curve(axes, results, part, metric, label, colour):
     axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
     longest = max(len(drawn.get_xdata()) for drawn in axes.lines)
     step = -(-longest // 10)
-    axes.set(xlabel="epoch", xlim=(0.5, longest + 0.5), xticks=range(max(1, step), longest + 1, step))
-    axes.set_ylabel(f"{'validation' if part == 'valid' else part} {metric}")
+    axes.set(xlabel="epoch", xlim=(0.5, longest + 0.5), xticks=range(step, longest + 1, step))
 
 
 def legend(figure, title=None):
@@ -669,16 +654,18 @@ def panels(figure, titles):
     return dict(zip(titles, grid.flat, strict=False))
 
 
-def draw_overfitting(figure, block):
+# Each of these draws a table's figure, from the results of one cell or from the whole table
+
+
+def draw_overfitting(figure, results):
     for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        for part, label, colour in (("train", "train", COLOURS[0]), ("valid", "validation", COLOURS[1])):
-            curve(axes, block.found["custom", "accuracy"], part, metric, label, colour)
+        curve(axes, results, "train", metric, "train", COLOURS[0])
+        curve(axes, results, "valid", metric, "validation", COLOURS[1])
         axes.set_ylabel(metric)
     legend(figure)
 
 
-def draw_confusion(figure, block):
-    results = block.found["custom", "accuracy"]
+def draw_confusion(figure, results):
     names = results[0].content["data"]["classes"]
     counts = sum(np.array(result.content["confusion"]) for result in results)
     share = counts / counts.sum(1, keepdims=True).clip(1)
@@ -694,18 +681,29 @@ def draw_confusion(figure, block):
     axes.grid(False)
 
 
+def draw_gate(figure, results):
+    names, axes = results[0].content["data"]["classes"], figure.subplots()
+    weights = np.mean([result.content["gate"] for result in results], axis=0)  # (classes, experts)
+    left = np.zeros(len(names))
+    for expert, share in zip(("base", "vehicles", "animals"), weights.T, strict=True):
+        axes.barh(names, share, left=left, label=f"{expert} expert")
+        left += share
+    axes.invert_yaxis()
+    axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
+    legend(figure)
+
+
 def draw_curves(figure, block):
     """Validation accuracy by epoch. If columns are settings: a panel per row and a line per column; otherwise one
     panel with a line per row."""
-    lines = {}
-    for place in [(cell.row, cell.column) for cell in block.cells if cell.seeds]:
-        by_setting = isinstance(TABLES[block.name].columns, str)
-        lines[place if by_setting else ("", place[0])] = block.found[place]
+    by_setting = isinstance(TABLES[block.name].columns, str)
+    cells = [cell for cell in block.cells if cell.seeds]
+    lines = {(c.row, c.column) if by_setting else ("", c.row): block.found[c.row, c.column] for c in cells}
     axes_of = panels(figure, dict.fromkeys(title for title, _ in lines))
-    labels = list(dict.fromkeys(label for _, label in lines))
+    colours = dict(zip(dict.fromkeys(label for _, label in lines), itertools.cycle(COLOURS), strict=False))
     for (title, label), results in lines.items():
-        colour = COLOURS[labels.index(label) % len(COLOURS)]
-        curve(axes_of[title], results, "valid", "accuracy", label, colour)
+        curve(axes_of[title], results, "valid", "accuracy", label, colours[label])
+        axes_of[title].set_ylabel("validation accuracy")
     legend(figure, block.name.replace("-", " "))
 
 
@@ -735,10 +733,8 @@ def draw_methods(figure, block):
     axes = figure.subplots()
     for method in dict.fromkeys(cell.column for cell in block.cells):
         cells = [cell for cell in block.cells if cell.column == method and cell.seeds]
-        shares, means, stds = zip(
-            *((float(cell.row), cell.mean, cell.std or 0) for cell in cells), strict=True
-        )
-        axes.errorbar(shares, means, stds, marker="o", capsize=3, label=method)
+        shares, means = [float(cell.row) for cell in cells], [cell.mean for cell in cells]
+        axes.errorbar(shares, means, [cell.std or 0 for cell in cells], marker="o", capsize=3, label=method)
     axes.set(xscale="log", xlabel="share of the training images", ylabel="test accuracy")
     shares = sorted({float(cell.row) for cell in block.cells})
     axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
@@ -746,32 +742,19 @@ def draw_methods(figure, block):
     legend(figure)
 
 
-def draw_gate(figure, block):
-    results = block.found["mixture", "accuracy"]
-    weights = np.mean([result.content["gate"] for result in results], axis=0)  # (classes, experts)
-    names, axes = results[0].content["data"]["classes"], figure.subplots()
-    left = np.zeros(len(names))
-    for expert, share in zip(("base", "vehicles", "animals"), weights.T, strict=True):
-        axes.barh(names, share, left=left, label=f"{expert} expert")
-        left += share
-    axes.invert_yaxis()
-    axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
-    legend(figure)
-
-
-FIGURES = {  # for a table: file name, function, size in inches, title, what is drawn
-    "overfitting": ("overfitting", draw_overfitting, (9, 4.4), "Overfitting, custom network", "bands: mean ± std"),
-    "initial": ("confusion", draw_confusion, (6.4, 6), "Confusion matrix, custom network", "test split, mean over seeds"),
-    "augmentation": ("augmentation-accuracy", draw_augmentation, (9, 7.4), "Augmentation", "bars, band: mean ± std"),
-    "learning-rate": ("learning-rate", draw_curves, (9, 7), "Learning rate, on hybrid augmentation", "bands: mean ± std"),
-    "optimizer": ("optimizer", draw_curves, (6.4, 5), "Optimizer, custom network on hybrid", "bands: mean ± std"),
-    "weight-decay": ("weight-decay", draw_curves, (9, 7), "Weight decay", "bands: mean ± std"),
-    "dropout": ("dropout", draw_curves, (6.4, 5), "Dropout, custom network on hybrid", "bands: mean ± std"),
-    "moe": ("moe-gate", draw_gate, (6.4, 5), "Gate of the mixture of custom networks", "test split, mean over seeds"),
-    "beyond-moe": ("beyond-moe-gate", draw_gate, (6.4, 5), "Gate of the mixture of custom networks, trained adapters",
-                   "test split, mean over seeds"),
-    "beyond-fewshot": ("fewshot", draw_methods, (7.4, 5.6), "Few-shot embedding and custom network",
-                       "bars: mean ± std"),
+BANDS, MEAN = "bands: mean ± std", "test split, mean over seeds"
+FIGURES = {  # for a table: file name, function, row of the cell it draws (None: all), size in inches, what is drawn, title
+    "overfitting": ("overfitting", draw_overfitting, "custom", (9, 4.4), BANDS, "Overfitting, custom network"),
+    "initial": ("confusion", draw_confusion, "custom", (6.4, 6), MEAN, "Confusion matrix, custom network"),
+    "augmentation": ("augmentation-accuracy", draw_augmentation, None, (9, 7.4), "bars, band: mean ± std", "Augmentation"),
+    "learning-rate": ("learning-rate", draw_curves, None, (9, 7), BANDS, "Learning rate, on hybrid augmentation"),
+    "optimizer": ("optimizer", draw_curves, None, (6.4, 5), BANDS, "Optimizer, custom network on hybrid"),
+    "weight-decay": ("weight-decay", draw_curves, None, (9, 7), BANDS, "Weight decay"),
+    "dropout": ("dropout", draw_curves, None, (6.4, 5), BANDS, "Dropout, custom network on hybrid"),
+    "moe": ("moe-gate", draw_gate, "mixture", (6.4, 5), MEAN, "Gate of the mixture of custom networks"),
+    "beyond-moe": ("beyond-moe-gate", draw_gate, "mixture", (6.4, 5), MEAN,
+                   "Gate of the mixture of custom networks, trained adapters"),
+    "beyond-fewshot": ("fewshot", draw_methods, None, (7.4, 5.6), "bars: mean ± std", "Few-shot embedding and custom network"),
 }  # fmt: skip
 
 
@@ -787,32 +770,19 @@ def draw_figures(blocks, folder):
              "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "figure"}  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
-        only_custom = block.name in ("overfitting", "initial")
-        if block.name not in FIGURES or (only_custom and ("custom", "accuracy") not in block.found):
+        file, draw, row, size, what, title = FIGURES.get(block.name, [None] * 6)
+        results = [found for place, found in block.found.items() if row is None or place == (row, "accuracy")]
+        if not file or not results:
             continue
-        file, draw, size, title, what = FIGURES[block.name]
         alone = sum(other.name == block.name for other in blocks) == 1
         path = folder / f"{slug(file, {} if alone else block.group)}.png"
-        shown = [block.found["custom", "accuracy"]] if only_custom else block.found.values()
-        seeds = sorted({len(results) for results in shown})
-        seeds = f"{seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else seeds[0]
         with rc_context(style):
             figure = Figure(figsize=size, layout="constrained")
-            draw(figure, block)
-            figure.suptitle(f"{title}\n{caption(block)}; {what}, n = {seeds}", fontsize=11)
+            draw(figure, results[0] if row else block)
+            figure.suptitle(f"{title}\n{caption(block)}; {what}, n = {span(map(len, results))}", fontsize=11)
             figure.savefig(path, dpi=130)
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
         print(path, file=sys.stderr)
-
-
-def print_results(blocks, args):
-    cells = [cell for block in blocks for cell in block.cells]
-    if args.format == "json":
-        print(json.dumps([cell._asdict() for cell in cells], indent=1))
-    elif args.format == "csv":
-        csv.writer(sys.stdout).writerows([Cell._fields, *cells])
-    else:
-        print_tables(blocks, args.format, args.results, not args.no_published)
 
 
 def main():
@@ -820,7 +790,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add, default = parser.add_argument, "(default: %(default)s)"
     add("results", nargs="?", type=Path, default=Path("results"), help=default)
-    add("--format", default="github", choices=(*STYLES, "csv", "json"), help=default)
+    add("--format", default="github", choices=("github", "latex", "csv", "json"), help=default)
     add("--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and SVG")
     add("--no-published", action="store_true", help="leave the slides' numbers out")
     args = parser.parse_args()
@@ -829,8 +799,15 @@ def main():
         what = "no results in" if args.results.is_dir() else "there is no folder"
         raise SystemExit(f"{what} {args.results}: run train.py or run_all.sh first")
     blocks, unused = arrange(results, {} if args.no_published else PUBLISHED)
+    printed = [block for block in blocks if TABLES[block.name].title]
+    cells = [cell for block in printed for cell in block.cells]
     try:
-        print_results([block for block in blocks if TABLES[block.name].title], args)
+        if args.format == "json":
+            print(json.dumps([cell._asdict() for cell in cells], indent=1))
+        elif args.format == "csv":
+            csv.writer(sys.stdout).writerows([Cell._fields, *cells])
+        else:
+            print_tables(printed, args)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

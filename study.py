@@ -11,6 +11,7 @@ Finished runs are skipped and interrupted ones resume, so the same command can b
 
 import argparse
 import importlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -25,69 +26,43 @@ from importlib.util import find_spec
 from pathlib import Path
 
 # Each line: the tables it belongs to; what runs (networks for train.py, `all` as defined below, or another
-# script); its settings. Defaults reproduce the recipe (Adam, lr 0.001, batch 64, 10 epochs). A run listed twice
-# runs once. aggregate.py lays out its tables in this order.
+# script); its settings. a|b: one run with a, then one with b. Defaults reproduce the recipe (Adam, lr 0.001,
+# batch 64, 10 epochs). A run listed twice runs once. aggregate.py lays out its tables in this order.
 STUDY = """
-all = resnet18 --pretrained, densenet121, efficientnet_b0 --pretrained, custom
+all = resnet18 --pretrained|densenet121|efficientnet_b0 --pretrained|custom
 
 overfitting                         custom    --aug none --epochs 30
 initial,augmentation,weight-decay   all       --aug none
-augmentation                        all       --aug flip
-augmentation                        all       --aug rotation
-augmentation                        all       --aug crop
-augmentation                        all       --aug jitter
-augmentation                        all       --aug autoaugment
-augmentation                        all       --aug cutout
+augmentation                        all       --aug flip|rotation|crop|jitter|autoaugment|cutout
 hybrid,learning-rate                all       --aug hybrid
-learning-rate                       all       --aug hybrid --lr 0.002
-learning-rate                       all       --aug hybrid --lr 0.0005
+learning-rate                       all       --aug hybrid --lr 0.002|0.0005
 optimizer,dropout                   custom    --aug hybrid
-optimizer                           custom    --aug hybrid --optimizer adagrad
-optimizer                           custom    --aug hybrid --optimizer adamax
-weight-decay                        all       --aug none --weight-decay 0.0001
-weight-decay                        all       --aug none --weight-decay 0.0002
-weight-decay                        all       --aug none --weight-decay 0.00005
+optimizer                           custom    --aug hybrid --optimizer adagrad|adamax
+weight-decay                        all       --aug none --weight-decay 0.0001|0.0002|0.00005
 dropout                             custom    --aug hybrid --dropout 0.1
 dropout,moe,beyond-moe              custom    --aug hybrid --dropout 0.2
-dropout                             custom    --aug hybrid --dropout 0.3
-dropout                             custom    --aug hybrid --dropout 0.4
+dropout                             custom    --aug hybrid --dropout 0.3|0.4
 moe,beyond-moe                      custom    --aug hybrid --dropout 0.2 --classes vehicles
 moe                                 custom    --aug hybrid --dropout 0.2 --classes cat,deer,dog,horse
 moe                                 moe
-fewshot,beyond-fewshot              fewshot   --fraction 0.001
-fewshot,beyond-fewshot              fewshot   --fraction 0.002
-fewshot,beyond-fewshot              fewshot   --fraction 0.005
-fewshot,beyond-fewshot              fewshot   --fraction 0.01
-fewshot,beyond-fewshot              fewshot   --fraction 0.02
-fewshot,beyond-fewshot              fewshot   --fraction 0.05
-fewshot,beyond-fewshot              fewshot   --fraction 0.1
-regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.001 --batch-size 4
-regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.002 --batch-size 4
+fewshot,beyond-fewshot              fewshot   --fraction 0.001|0.002|0.005|0.01|0.02|0.05|0.1
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.001|0.002 --batch-size 4
 regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.005 --batch-size 8
 regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.01 --batch-size 16
 regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.02 --batch-size 32
-regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.05
-regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.1
+regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 0.05|0.1
 samples                             augment
 beyond                              custom    --aug none
-beyond                              custom    --schedule onecycle --aug none
-beyond                              custom    --schedule onecycle --aug flip+translate
+beyond                              custom    --schedule onecycle --aug none|flip+translate
 beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip
 beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
 beyond                              resnet18  --aug none
 beyond                              resnet18  --schedule onecycle --aug none
-beyond                              resnet18  --schedule onecycle --stem small --aug none
-beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate
-beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
-beyond                              resnet18,densenet121,efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                              resnet18  --schedule onecycle --stem small --aug none|flip+translate
+beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
+beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
 beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.001
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.002
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.005
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.01
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.02
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.05
-beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.1
+beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.001|0.002|0.005|0.01|0.02|0.05|0.1
 beyond-moe                          custom    --aug hybrid --dropout 0.2 --classes animals
 beyond-moe                          moe       --train-adapters --adapter-width 512 --animals all
 """
@@ -105,24 +80,25 @@ signals = []  # SIGINT or SIGTERM, once received
 
 
 def lines():
-    """Yield (tables, script, command-line words) for each line of the study and each of its networks."""
+    """Yield (tables, script, command-line words) for each run of the study."""
     every_network, *rows = STUDY.strip().splitlines()
+    every_network = every_network.removeprefix("all = ")
     for tables, what, *words in (row.split() for row in rows if row):
-        if what in ("moe", "fewshot", "augment"):
-            yield tables.split(","), what, words
-            continue
-        networks = every_network.removeprefix("all = ") if what == "all" else what
-        for network in networks.split(","):
-            yield tables.split(","), "train", ["--arch", *network.split(), *words]
+        networks = every_network if what == "all" else what
+        choices = [word.split("|") for word in (*words, networks)]
+        for *settings, network in itertools.product(*choices):
+            if what in ("moe", "fewshot", "augment"):
+                yield tables.split(","), what, settings
+            else:
+                yield tables.split(","), "train", ["--arch", *network.split(), *settings]
 
 
 # Commands
 
 
 def parse_arguments(words):
-    """The options, and the settings after --. Raises ValueError or ArgumentError for invalid ones."""
+    """The options; args.settings: those after --. Raises ValueError or ArgumentError for invalid ones."""
     end = words.index("--") if "--" in words else len(words)
-    words, settings = words[:end], words[end + 1 :]
     parser = argparse.ArgumentParser("run_all.sh", None, __doc__, allow_abbrev=False, exit_on_error=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -137,10 +113,10 @@ def parse_arguments(words):
     add("--jobs", type=int, metavar="N", help="runs at a time (default: one per GPU)")
     add("--smoke", action="store_true", help="every table, tiny, on generated images")
     add("--list", action="store_true", help="print the commands, one per line, and run nothing")
-    if "--smoke" in words:
+    if "--smoke" in words[:end]:
         parser.set_defaults(**SMOKE)
-        settings = SMOKE_SETTINGS + settings
-    args, unknown = parser.parse_known_args(words)
+    parser.set_defaults(settings=words[end + 1 :])
+    args, unknown = parser.parse_known_args(words[:end])
     if unknown:
         raise ValueError(f"unknown option {unknown[0]}: see --help; settings (but --seeds) come after --")
     for name, value in vars(args).items():
@@ -152,7 +128,7 @@ def parse_arguments(words):
         raise ValueError(f"--jobs {args.jobs}: must be at least 1")
     check("--only", args.only, {"all", "slides"}.union(*(tables for tables, _, _ in lines())))
     check("--arch", args.arch, {"all"} | {words[1] for _, script, words in lines() if script == "train"})
-    return args, settings
+    return args
 
 
 def check(option, names, choices):
@@ -184,9 +160,9 @@ def sort_settings(words):
     return of_script
 
 
-def make_commands(args, settings):
+def make_commands(args):
     """{command, a tuple of words: its log file}. Raises ValueError if there is nothing to run."""
-    of_script = sort_settings(settings)
+    of_script = sort_settings([*SMOKE_SETTINGS, *args.settings] if args.smoke else args.settings)
     data = ["--data", args.data] if args.data != "cinic10" else []
     root = ["--root", args.root] if args.root != "data" else []
     out = ["--out", args.out] if args.out != "results" else []
@@ -279,9 +255,8 @@ def call(script, *words):
 def run_all(logs, gpus, fork, statuses):
     """Run all commands, len(gpus) at a time, and fill statuses, {command: exit status}."""
     began, trained, running = time.monotonic(), 0, {}
-    mixtures = [
-        command for command in logs if command[1].endswith("moe.py")
-    ]  # they need networks that other runs train
+    # Mixtures need networks that other runs train
+    mixtures = [command for command in logs if command[1].endswith("moe.py")]
     for waiting in ([command for command in logs if command not in mixtures], mixtures):
         while waiting or running:
             while waiting and gpus:
@@ -314,9 +289,9 @@ def show(total, statuses, names, seconds):
 
 def main():
     try:
-        args, settings = parse_arguments(sys.argv[1:])
+        args = parse_arguments(sys.argv[1:])
         gpus = [] if args.list else share_out(args.jobs)  # before the import of torch
-        logs = make_commands(args, settings)
+        logs = make_commands(args)
         if args.list:
             print(*map(shlex.join, logs), sep="\n")
             return
