@@ -4,8 +4,9 @@
     python aggregate.py results --format latex           # also csv, json
     python aggregate.py results --figures figures        # the figures too (needs matplotlib)
 
-Rows and columns are those of the study in `study.py`. A table holds the results of one data set, one fraction of it and
-one number of epochs: others get tables of their own. Cells are mean ± standard deviation (n - 1) over the seeds found.
+Rows and columns are those of the study in `study.py`. A table holds the results of one data set, one fraction of it
+(unless its rows are fractions) and one number of epochs: others get tables of their own. Cells are mean ± standard
+deviation (n - 1) over the seeds found.
 """
 
 import argparse
@@ -311,6 +312,8 @@ def understand(path):
     classes = len(content["data"]["classes"])
     if np.shape(content["confusion"]) != (classes, classes):
         raise ValueError(f"confusion is not of {classes} classes")
+    if script == "moe" and np.shape(content["gate"]) != (classes, 3):
+        raise ValueError(f"gate is not of {classes} classes and 3 experts")
     for part, cost in content.get("cost", {}).items():
         content[part] |= cost
     common = {

@@ -147,7 +147,8 @@ def _chunks(split, order, dataset, device, streams, key):
 def plan(total, batch_size, seed=None, epoch=0, steps=None):
     """An epoch's order, int64 (N,), and its batch sizes, a list. Depends only on seed and epoch.
 
-    seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed.
+    seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed; needs
+    a seed.
     """
     count = steps * batch_size if steps else total
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
@@ -383,7 +384,8 @@ def _new_folder(final):
     for leftover in final.parent.glob(".unfinished-*"):  # of a process killed at least a day ago
         if time.time() - leftover.stat().st_mtime > 86_400:
             shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=final.parent) as temporary:
+    unfinished = {"prefix": ".unfinished-", "dir": final.parent, "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**unfinished) as temporary:
         yield Path(temporary)
         os.chmod(temporary, 0o755)
         if not final.is_dir():  # where locks do not work, another process may have been faster

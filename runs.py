@@ -39,7 +39,7 @@ SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at h
 # In error messages of torch and, the last, of oneDNN
 NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "create a primitive")
 
-# Arguments that may change when a run resumes (device type and dtype are compared instead)
+# Arguments that may change when a run resumes (device type, dtype and processes are compared instead)
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
 
 # In a run's name, settings that differ from their defaults appear in this order, as tag and value
@@ -297,8 +297,8 @@ def processes(args):
     if args.batch_size < 2 * world:
         raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Rank 0 may wait long for the lock of another run; if a process dies, torchrun ends the others
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    # Rank 0 may wait for another run's lock for hours; if a process dies, torchrun ends the others
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     try:
         with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
             yield
@@ -375,7 +375,7 @@ class Run:
     def restore(self, stateful):
         """Load the states of this run's checkpoint and return its history, or [] if none matches."""
         content = on_rank0(lambda: self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
-        if self.args.force or not content:
+        if not content:
             return []
         try:
             saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -405,8 +405,8 @@ def finished(path, dataset):
             return result
     except (ValueError, LookupError, TypeError, RecursionError):
         complete = False
-    images = f"comes from different images ({dataset.name} has changed)" if complete else ""
-    print(f"{path} {images or 'is damaged or not a result file'}: running again")
+    other = f"comes from different images ({dataset.name} has changed)"
+    print(f"{path} {other if complete else 'is damaged or not a result file'}: running again")
     return None
 
 
@@ -471,6 +471,8 @@ def run_seeds(args, name, load, train):
 
 def run_seed(run, train):
     """Train and test one seed; write and return the result."""
+    if run.args.force:
+        on_rank0(lambda: run.checkpoint.unlink(missing_ok=True))
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     try:

@@ -336,7 +336,7 @@ def train(run):
     print(f"{args.arch}: {describe(model, run)}")
     streams = augment.parse(args.aug, dataset.mean)
     images = len(dataset.train.labels) * len(streams)
-    if images < runs.world_size():
+    if images < runs.world_size() and not args.steps_per_epoch:
         raise ValueError(f"{images} training images are too few for {runs.world_size()} processes")
     steps = args.steps_per_epoch or math.ceil(images / args.batch_size)
 

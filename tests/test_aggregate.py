@@ -380,6 +380,13 @@ def test_a_file_that_is_no_result_is_named_and_left_out(tmp_path, run):
     assert "half a run: 4 of 10 epochs" in process.stderr and "version 2" in process.stderr
 
 
+@pytest.mark.parametrize("gate", [[[0.5, 0.5]] * 10, [[0.2, 0.3, 0.5]] * 9])
+def test_a_mixture_with_a_damaged_gate_is_left_out(gate, tmp_path, run):
+    fake(tmp_path, "python moe.py --seed 1", gate=gate)
+    process = run("aggregate.py", tmp_path)
+    assert "left out" in process.stderr and "gate is not of 10 classes and 3 experts" in process.stderr
+
+
 def test_no_results_is_one_line(tmp_path, run, one_line):
     one_line(run("aggregate.py", tmp_path / "nothing"), 1, "no folder", "run_all.sh")
     (tmp_path / "empty").mkdir()
@@ -512,7 +519,7 @@ def measured():
 
 
 def test_the_tables_of_readme_and_docs_are_those_of_the_result_files(measured):
-    published = {f"{mean:.4f} ± {std:.4f}" for mean, std in aggregate.PUBLISHED.values() if std}
+    published = {aggregate.mean_and_std(mean, std) for mean, std in aggregate.PUBLISHED.values()}
     found = set(NUMBERS.findall(measured)) | published
     for name in ("README.md", "docs/results.md"):
         shown = NUMBERS.findall((HOUSE / name).read_text())

@@ -66,8 +66,9 @@ def test_torchrun_gives_each_process_its_own_gpu(two_gpus, monkeypatch):
 
 def test_torchrun_on_a_mac_needs_the_cpu(monkeypatch):
     monkeypatch.setattr(runs, "world_size", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="--device auto|mps: torchrun does not support it; use --device cpu"):
+    with pytest.raises(ValueError, match="--device mps: torchrun does not support it; use --device cpu"):
         runs.use_device("auto")
     assert runs.use_device("cpu") == CPU
 
@@ -101,6 +102,20 @@ def test_a_checkpoint_with_different_settings_or_device_is_reported_and_ignored(
     make_run(tmp_path).save(states(), [{"epoch": 1}])
     assert make_run(tmp_path, *words, device=device).restore(states()) == []
     assert f"different settings ({named}); restarting from scratch" in capsys.readouterr().out
+
+
+def test_a_forced_run_discards_its_checkpoint(tmp_path):
+    make_run(tmp_path).save(states(), [{"epoch": 1}])
+
+    def train_briefly(run):
+        assert run.restore(states()) == []
+        raise runs.Stopped(signal.SIGINT)
+
+    run = make_run(tmp_path, "--force")
+    assert run.checkpoint.exists()
+    with pytest.raises(runs.Stopped):
+        runs.run_seed(run, train_briefly)
+    assert not run.checkpoint.exists()
 
 
 def test_a_checkpoint_of_another_number_of_processes_is_ignored(tmp_path, capsys, monkeypatch):
