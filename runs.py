@@ -405,8 +405,10 @@ def finished(path, dataset):
             return result
     except (ValueError, LookupError, TypeError, RecursionError):
         complete = False
-    other = f"comes from different images ({dataset.name} has changed)"
-    print(f"{path} {other if complete else 'is damaged or not a result file'}: running again")
+    reason = "is damaged or not a result file"
+    if complete:
+        reason = f"comes from different images ({dataset.name} has changed)"
+    print(f"{path} {reason}: running again")
     return None
 
 
