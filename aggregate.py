@@ -696,11 +696,17 @@ def draw_gate(figure, results):
     legend(figure)
 
 
+def drawn_cells(block):
+    """The cells with results, without rows that have only one, such as a shared baseline, if others have more."""
+    counts = collections.Counter(cell.row for cell in block.cells if cell.seeds)
+    least = min(2, max(counts.values()))
+    return [cell for cell in block.cells if cell.seeds and counts[cell.row] >= least]
+
+
 def draw_curves(figure, block):
     """Validation accuracy by epoch. If columns are settings: a panel per row and a line per column; otherwise one
     panel with a line per row."""
-    by_setting = isinstance(TABLES[block.name].columns, str)
-    cells = [cell for cell in block.cells if cell.seeds]
+    by_setting, cells = isinstance(TABLES[block.name].columns, str), drawn_cells(block)
     lines = {(c.row, c.column) if by_setting else ("", c.row): block.found[c.row, c.column] for c in cells}
     axes_of = panels(figure, dict.fromkeys(title for title, _ in lines))
     colours = dict(zip(dict.fromkeys(label for _, label in lines), itertools.cycle(COLOURS), strict=False))
@@ -712,7 +718,7 @@ def draw_curves(figure, block):
 
 def draw_augmentation(figure, block):
     """Test accuracy by augmentation, a panel for each network, with the baseline as a line."""
-    cells = [cell for cell in block.cells if cell.seeds]
+    cells = drawn_cells(block)
     columns = [column for column in dict.fromkeys(cell.column for cell in block.cells) if column != "none"]
     axes_of = panels(figure, dict.fromkeys(cell.row for cell in cells))
     for cell in cells:

@@ -197,14 +197,14 @@ def make_commands(args):
 
 
 def share_out(jobs):
-    """The GPU of each concurrent run; None on a CPU, whose cores they share."""
+    """The GPU of each concurrent run; None on a CPU. The runs share the cores."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")  # an empty one hides all GPUs
     if listed is None:
         status, listed = subprocess.getstatusoutput("nvidia-smi --query-gpu=index --format=csv,noheader")
         listed = listed if status == 0 else ""
     gpus = listed.replace(",", " ").split() or [None]
     jobs = jobs or len(gpus)
-    if gpus == [None] and jobs > 1:
+    if jobs > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // jobs)))
     return [gpus[number % len(gpus)] for number in range(jobs)]
 

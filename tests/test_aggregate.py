@@ -499,6 +499,16 @@ def test_figures_of_two_data_sets_have_them_in_their_names(run, tmp_path):
     }  # fmt: skip
 
 
+def test_a_network_with_nothing_but_the_baseline_gets_no_panel(run, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need matplotlib")
+    for words in ("densenet121 --aug none", "custom --aug none", "custom --aug flip"):
+        fake(tmp_path / "results", f"python train.py --arch {words} --seed 1 2 3")
+    code = "import matplotlib; matplotlib.rcParams['svg.fonttype'] = 'none'"
+    run("aggregate.py", tmp_path / "results", "--figures", tmp_path, code=code)
+    text = (tmp_path / "augmentation-accuracy.svg").read_text()
+    assert "custom" in text and "densenet121" not in text
+
+
 def test_figures_without_matplotlib_say_how_to_get_it(study, run, one_line, tmp_path):
     process = run("aggregate.py", study, "--figures", tmp_path, code="sys.modules['matplotlib'] = None")
     one_line(process, 1, "pip install matplotlib")
@@ -530,10 +540,27 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_result_files(measured):
         assert not wrong, f"{name}: in no result file: {wrong}"
 
 
+def test_every_row_of_readmes_first_table_is_what_its_command_gave(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a run's name contains the data's path relative to here
+    slides = {aggregate.mean_and_std(mean, std) for mean, std in aggregate.PUBLISHED.values()}
+    text = (HOUSE / "README.md").read_text().split("\n\n| test accuracy")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
+    for _, theirs, ours, seeds, command in rows:
+        script, *words = command.strip("`").split()
+        module = aggregate.SCRIPTS[script.removesuffix(".py")]
+        name = module.run_name(module.parse_arguments([*words, "--data", "data/cifar10-jpeg"]))
+        files = (HOUSE / "docs" / "results" / name).glob("seed*.json")
+        found = [json.loads(file.read_text())["test"]["accuracy"] for file in files]
+        std = np.std(found, ddof=1) if len(found) > 1 else None
+        assert (ours, seeds) == (aggregate.mean_and_std(np.mean(found), std), str(len(found))), command
+        assert theirs == "–" or theirs.removesuffix(" (pretrained)") in slides
+    assert len(rows) > 5
+
+
 def test_every_table_of_docs_results_is_printed_as_it_stands_there(measured):
-    lines = (HOUSE / "docs" / "results.md").read_text().splitlines()
-    tables = [line for line in lines if line.startswith("|") and "`" not in line]
-    assert len(tables) > 5 and set(tables) <= set(measured.splitlines())
+    text = (HOUSE / "docs" / "results.md").read_text()
+    shown, printed = (re.findall(r"^\|.*", tables, re.MULTILINE) for tables in (text, measured))
+    assert len(shown) > 50 and shown == printed
 
 
 def test_result_files_of_docs_hold_no_path_of_a_machine():
