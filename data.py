@@ -639,23 +639,25 @@ def synthetic(counts=(2000, 500, 1000)):
 
 
 def _draw(labels, generator):
-    """One image for each label, uint8 (N, 3, 32, 32)."""
+    """One image for each label, uint8 (N, 3, 32, 32). Only with operations that every CPU rounds alike: sqrt,
+    cos and randn differ between processors."""
 
     def uniform(low, high, *shape):
         return torch.rand(len(labels), *shape, generator=generator) * (high - low) + low
 
-    turn, radius = uniform(-0.4, 0.4, 1, 1), uniform(10, 14, 1, 1)
+    half, radius = uniform(-0.2, 0.2, 1, 1), uniform(10, 14, 1, 1)  # tangent of half the angle; pixels
     cx, cy = uniform(-3, 3, 1, 1), uniform(-3, 3, 1, 1)
     across = torch.arange(SIZE) - (SIZE - 1) / 2
     dx, dy = across.view(1, 1, -1) - cx, across.view(1, -1, 1) - cy
-    x = (turn.cos() * dx + turn.sin() * dy) / radius  # the shape spans [-1, 1]
-    y = (turn.cos() * dy - turn.sin() * dx) / radius
+    cos, sin = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
+    x = (cos * dx + sin * dy) / radius  # the shape spans [-1, 1]
+    y = (cos * dy - sin * dx) / radius
 
     def box(x0, y0, half_width, half_height):  # signed distances: negative inside, in units of the radius
         return torch.maximum((x - x0).abs() - half_width, (y - y0).abs() - half_height)
 
-    def disc(x0, y0, r):
-        return ((x - x0) ** 2 + (y - y0) ** 2).sqrt() - r
+    def disc(x0, y0, r):  # exact at the edge only
+        return ((x - x0) * (x - x0) + (y - y0) * (y - y0) - r * r) / (2 * r)
 
     def join(*shapes):
         return torch.stack(shapes).amin(0)
@@ -678,7 +680,7 @@ def _draw(labels, generator):
     distance = torch.stack([shapes[name]() for name in CLASSES])[labels, torch.arange(len(labels))]
     inside = (0.5 - distance * radius).clamp(0, 1)[:, None]  # (N, 1, 32, 32), edges blurred over a pixel
     ground, ink = uniform(0, 140, 3, 1, 1), uniform(115, 255, 3, 1, 1)  # dark ground, bright shape
-    noise = torch.randn(len(labels), 3, SIZE, SIZE, generator=generator) * 20
+    noise = torch.randint(-35, 36, (len(labels), 3, SIZE, SIZE), generator=generator, dtype=torch.int8)
     return (ground + (ink - ground) * inside + noise).clamp(0, 255).round().to(torch.uint8)
 
 
