@@ -94,9 +94,9 @@ COLUMNS = {  # part of a result file, metric; other columns show the test accura
     "1 prototype": ("one_prototype", "accuracy"),
     "nearest image": ("nearest_image", "accuracy"),
     "parameters": ("test", "parameters"),
-    "training, in base networks": ("test", "bases"),
+    "training cost, in bases": ("test", "bases"),
 }
-COSTS = {"parameters": "{:,.0f}", "training, in base networks": "{:.1f}"}  # the same for every seed
+COSTS = {"parameters": "{:,.0f}", "training cost, in bases": "{:.1f}"}  # the same for every seed
 PARTS = {row: part for part, row in moe.ROWS.items()}  # rows of a mixture's table
 START = {True: ", pretrained", False: ", from scratch"}  # a network that starts differently than in the study
 METHODS = {  # script and schedule of a run: the methods it has results for
@@ -117,8 +117,8 @@ TABLES = {
     "moe": Table("Mixture of experts", "part", MIXTURE),
     "fewshot": Table("Few-shot learning", "fraction", ("accuracy", "recall", "precision", "f1", "1 prototype", "nearest image")),
     "regular": Table("Regular training on the same fractions", "fraction", ("accuracy",)),
-    "beyond": Table("Beyond the slides", "run", ("accuracy", "f1", "loss", "accuracy with mirror images")),
-    "beyond-moe": Table("Beyond the slides: mixture of experts", "part", MIXTURE),
+    "beyond": Table("Beyond the study", "run", ("accuracy", "f1", "loss", "accuracy with mirror images")),
+    "beyond-moe": Table("Beyond the study: mixture of experts", "part", MIXTURE),
     "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "method"),
 }  # fmt: skip
 for name in STUDY:  # tables that only study.py names
@@ -393,7 +393,7 @@ def nearest(name, result):
 
 # Cells
 
-# What csv and json print. std: n - 1, None for a single seed. tied: not told apart from the best by Welch's test
+# What csv and json print. std: n - 1, None for a single seed. tied: not significantly different from the best by Welch's test
 FIELDS = "group table row column mean std seeds slides_mean slides_std difference best tied"
 Cell = collections.namedtuple("Cell", FIELDS)
 
@@ -581,7 +581,9 @@ def explanation(block, usual):
         text += f"; bold: best of its {'row' if isinstance(TABLES[block.name].columns, str) else 'column'}"
     if any(cell.tied for cell in marked):
         seeds = span(cell.seeds for cell in marked if cell.seeds > 2)
-        text += f"; ≈: not told apart from the best (Welch, p > 0.05, n = {seeds})"
+        text += f"; ≈: not significantly different from the best (Welch, p > 0.05, n = {seeds})"
+    if marked and usual > 2 and any(0 < cell.seeds < 3 for cell in block.cells):
+        text += "; not tested where n < 3"
     return "; ".join([text, *block.notes]) + "."
 
 

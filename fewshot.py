@@ -7,7 +7,7 @@
 An episode draws `way` classes. The prototype of each is the mean embedding of `shot` support images; `query`
 other images, flipped and autoaugmented, are classified by their distance to the prototypes. For the test, all
 images of the fraction are embedded, k-means splits each class into sub-prototypes, and every test image gets
-the class of the nearest one. Beyond the slides, train.py with a schedule is more accurate on the same images:
+the class of the nearest one. Beyond the study, train.py with a schedule is more accurate on the same images:
 
     python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300
 """

@@ -27,9 +27,9 @@ ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged 
 # Keys of a result file and their row labels in tables
 ROWS = {
     "test": "mixture",
-    "base": "base alone",
-    "pair": "mean of two bases",
-    "ensemble": "mean of three bases",
+    "base": "base network",
+    "pair": "ensemble of two bases",
+    "ensemble": "ensemble of three bases",
 }
 BATCH = 256  # images evaluated at a time, from their features
 TRUNK = 4096  # features of a custom network's trunk
@@ -155,7 +155,7 @@ def show(dataset, outcome):
         measured = [f"{outcome[key][m]:.4f}" for m in train.METRICS]
         costs = outcome["cost"][key]
         rows.append([name, *measured, f"{costs['parameters']:,}", f"{costs['bases']:.1f}"])
-    headers = ["test split", *train.METRICS, "parameters", "training cost in bases"]
+    headers = ["test split", *train.METRICS, "parameters", "training cost, in bases"]
     print("\n" + tabulate(rows, headers, disable_numparse=True))
 
 

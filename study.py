@@ -73,7 +73,7 @@ beyond-moe                          moe       --train-adapters --adapter-width 5
 SMOKE = {"only": "all", "from_scratch": True, "data": "synthetic-small", "seeds": "1", "jobs": 2,
          "out": "smoke/results", "figures": "smoke/figures"}  # fmt: skip
 SMOKE_SETTINGS = ["--epochs", "1", "--fraction", "0.1", "--episodes", "5", "--shot", "1", "--query", "1"]
-# Excluded from --smoke: fractions too small for its images, and long runs beyond the slides
+# Excluded from --smoke: fractions too small for its images, and long runs beyond the study
 NOT_SMOKE = r"--fraction 0\.00|--steps-per-epoch|^beyond (?!--arch custom)|^beyond .*--epochs 30"
 FOLDER = Path(sys.argv[0]).parent  # of the scripts, as typed
 signals = []  # SIGINT or SIGTERM, once received

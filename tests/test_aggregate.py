@@ -90,7 +90,7 @@ def test_every_run_of_the_study_is_in_a_table_and_every_cell_is_filled(study):
     for block in blocks:
         for cell in block.cells:
             optional = cell.column == "accuracy with mirror images"
-            assert optional or cell.seeds == (1 if cell.row.startswith("mean of") else 3), cell
+            assert optional or cell.seeds == (1 if cell.row.startswith("ensemble of") else 3), cell
 
 
 def test_every_published_number_stands_in_its_cell(study, run):
@@ -152,7 +152,7 @@ def test_beyond_the_slides_each_option_has_its_own_gain(tmp_path, run):
     for number in range(len(added)):
         fake(tmp_path, " ".join([recipe, *added[: number + 1]]), accuracy=0.5 + number**2 / 100)
     text = run("aggregate.py", tmp_path).stdout
-    rows = table(text, "Beyond the slides")
+    rows = table(text, "Beyond the study")
     assert {row: cells["gain"] for row, cells in rows.items()} == {
         "resnet18": "",
         "resnet18 + schedule onecycle": "+0.0100",
@@ -164,7 +164,7 @@ def test_beyond_the_slides_each_option_has_its_own_gain(tmp_path, run):
     assert sorted(mirrored) == ["**0.6600 ± 0.0010**"] + ["-"] * 4 or sorted(mirrored) == ["-"] * 4 + [
         "0.6600 ± 0.0010"
     ]
-    assert "Missing" not in text[text.index("### Beyond the slides") :]
+    assert "Missing" not in text[text.index("### Beyond the study") :]
 
 
 def test_the_few_shot_comparison_has_all_methods_by_fraction(study, tmp_path, run):
@@ -194,7 +194,7 @@ def test_the_mixture_table_says_what_each_row_costs(study, run):
     rows = table(text, "Mixture of experts")
     assert "Welch, p > 0.05, n = 3)" in text and "n = 1–3" not in text  # a single seed is never compared
     assert rows["mixture"]["parameters"] == "9,742,509"
-    assert rows["mean of three bases"]["training, in base networks"] == "2.0"
+    assert rows["ensemble of three bases"]["training cost, in bases"] == "2.0"
 
 
 # Marks
@@ -212,15 +212,17 @@ def test_the_best_setting_is_marked_along_the_row_with_the_baseline_beside_it(tm
 
 
 @pytest.mark.parametrize("seeds", [2, 3])
-def test_not_told_apart_is_said_from_three_seeds_on(seeds, tmp_path, run):
+def test_no_significant_difference_is_said_from_three_seeds_on(seeds, tmp_path, run):
     for aug, accuracy in (("none", 0.7), ("flip", 0.7001)):
         fake(tmp_path, f"python train.py --aug {aug} --seed {' '.join('123'[:seeds])}", accuracy)
     text = run("aggregate.py", tmp_path, "--no-published").stdout
     text = text[text.index("### Augmentation") :]
     assert ("0.7000 ± 0.0010 ≈" in text) == (
-        f"not told apart from the best (Welch, p > 0.05, n = {seeds})" in text
+        f"not significantly different from the best (Welch, p > 0.05, n = {seeds})" in text
     )
     assert ("≈" in text) == (seeds == 3) and "**" in text
+    fake(tmp_path, "python train.py --aug crop --seed 1 2", 0.8)
+    assert ("; not tested where n < 3." in run("aggregate.py", tmp_path).stdout) == (seeds == 3)
 
 
 # Results that cannot mix
@@ -401,7 +403,7 @@ def test_csv_json_and_latex_hold_the_same_numbers(study, run):
         assert cell["table"] == row["table"] and cell["mean"] == (float(row["mean"]) if row["mean"] else None)
         if cell["column"] == "accuracy with mirror images" and cell["mean"] is None:
             continue  # of runs that test with them only
-        assert cell["seeds"] == (1 if cell["row"].startswith("mean of") else 3)
+        assert cell["seeds"] == (1 if cell["row"].startswith("ensemble of") else 3)
     wanted = next(c for c in cells if (c["table"], c["row"]) == ("Dropout, custom on hybrid", "0.2"))
     assert wanted["slides_mean"] == 0.7935 and wanted["difference"] == pytest.approx(0.5 - 0.7935)
     assert list(cells[0]) == ["group", "table", "row", "column", "mean", "std", "seeds", "slides_mean", "slides_std",
@@ -422,7 +424,7 @@ def test_latex_tables_are_whole_and_say_what_their_numbers_are(study, run, tmp_p
     labels = re.findall(r"\\label{(.*)}", text)
     assert len(labels) == len(set(labels)) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 13
     assert (
-        r"bold: best of its row; $\approx$: not told apart from the best (Welch, p $>$ 0.05, n = 3)" in text
+        r"bold: best of its row; $\approx$: not significantly different from the best (Welch, p $>$ 0.05, n = 3)" in text
     )
     if shutil.which("pdflatex"):
         text = (

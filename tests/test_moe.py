@@ -62,7 +62,7 @@ def test_run_trains_experts_leaves_them_unchanged_and_is_repeatable(run, image_f
     command = ("moe.py", "--data", folder, "--epochs", 1)
     process = run(*command, "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
-    assert "mean weight of each expert" in process.stdout and "mean of three bases" in process.stdout
+    assert "mean weight of each expert" in process.stdout and "ensemble of three bases" in process.stdout
     monkeypatch.chdir(tmp_path)  # where the run was: folder names are relative to it
     key = train.data.key(str(folder))
     expert = f"custom-hybrid-{key}-{{}}epochs1-dropout0.2"
