@@ -424,7 +424,8 @@ def test_latex_tables_are_whole_and_say_what_their_numbers_are(study, run, tmp_p
     labels = re.findall(r"\\label{(.*)}", text)
     assert len(labels) == len(set(labels)) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 13
     assert (
-        r"bold: best of its row; $\approx$: not significantly different from the best (Welch, p $>$ 0.05, n = 3)" in text
+        r"bold: best of its row; $\approx$: not significantly different from the best (Welch, p $>$ 0.05, n = 3)"
+        in text
     )
     if shutil.which("pdflatex"):
         text = (
