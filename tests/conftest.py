@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# pytest-xdist workers share the cores; set before importing torch, which reads it
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+# pytest-xdist workers share the cores. Torch reads the variable when it is imported, which a plugin may have done
+share = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 HOUSE = Path(__file__).resolve().parent.parent
 
 
