@@ -90,6 +90,11 @@ def command_line(main):
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: error: {text}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    if "WORLD_SIZE" in os.environ:
+        # DistributedDataParallel leaves gloo's threads behind, even after destroy_process_group; they can abort
+        # the interpreter's exit with SIGABRT (github.com/pytorch/pytorch/pull/179291)
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def new_parser(doc):

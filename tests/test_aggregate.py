@@ -566,8 +566,10 @@ def test_every_table_of_docs_results_is_printed_as_it_stands_there(measured):
     assert len(shown) > 50 and shown == printed
 
 
-def test_result_files_of_docs_hold_no_path_of_a_machine():
-    for path in (HOUSE / "docs" / "results").rglob("seed*.json"):
+def test_result_files_of_docs_are_counted_and_hold_no_path_of_a_machine():
+    paths = list((HOUSE / "docs" / "results").rglob("seed*.json"))
+    assert f"the {len(paths)} result files" in (HOUSE / "docs" / "results.md").read_text()
+    for path in paths:
         result = json.loads(path.read_text())
         assert result["data"]["fingerprint"] and not any(
             str(v).startswith("/") for v in result["config"].values()
