@@ -6,7 +6,7 @@
     python tests/benchmark.py augment                    # every augmentation, against other libraries
     python tests/benchmark.py data --images 10000000     # decoding; training on more images than memory holds
     python tests/benchmark.py start --images 270000      # seconds to the first training step
-    python tests/benchmark.py train --device cuda --rounds 3 --json train.json
+    python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
 
 Our training is `train.fit` itself; its rate comes from its history. The plain recipe is training as usually
 written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
@@ -236,11 +236,11 @@ def plain_episodes(folder, count, options, device):
     return epoch
 
 
-# The benchmarks: each takes args (device, rounds, images, folder) and returns its table rows
+# The benchmarks: each takes args (device, rounds, images, folder, compile) and yields its table rows
 
 
 def benchmark_train(args):
-    """Training images/s with flip, in alternating epochs. On CUDA also without graphs, and compiled."""
+    """Training images/s with flip, in alternating epochs. On CUDA also without graphs, and in float32."""
     batch_size = min(64, args.images)
     steps = args.images // batch_size
     dataset = data.synthetic((steps * batch_size, 10, 10))
@@ -248,10 +248,9 @@ def benchmark_train(args):
     dataset = dataset._replace(train=data.to_device(dataset.train, args.device))
     ours = {"ours": []}
     if args.device.type == "cuda":
-        ours["ours --no-graph"] = ["--no-graph"]
-        if "compile" in vars(train.parse_arguments([])):
-            ours["ours --compile"] = ["--compile"]
-    rows = []
+        ours |= {"ours --no-graph": ["--no-graph"], "ours --amp off": ["--amp", "off"]}
+    if args.compile:
+        ours["ours --compile"] = ["--compile"]
     for arch in models.ARCHITECTURES:
         options = ("--arch", arch, "--aug", "flip", "--batch-size", str(batch_size))
         ways = {}
@@ -259,8 +258,7 @@ def benchmark_train(args):
             run = our_run(args, dataset, train.parse_arguments, *options, *more)
             ways[name] = our_training(run, steps)
         ways["plain recipe"] = per_second(steps * batch_size, plain_training(loader, arch, args.device))
-        rows.append(compare(arch, ways, args.rounds))
-    return rows
+        yield compare(arch, ways, args.rounds)
 
 
 def benchmark_fewshot(args):
@@ -278,21 +276,20 @@ def benchmark_fewshot(args):
 
     count = max(1, episodes // 10)
     plain = per_second(count, plain_episodes(folder, count, run.args, args.device))
-    return [compare("episodes/s", {"ours": ours, "plain loop": plain}, args.rounds)]
+    yield compare("episodes/s", {"ours": ours, "plain loop": plain}, args.rounds)
 
 
 def benchmark_augment(args):
     """Images/s of every augmentation, at three batch sizes, of which --images is the largest."""
     undo_repeatable()  # the other libraries do not support deterministic mode
-    rows, drawn = [], data.synthetic((1024, 10, 10)).train.images
+    drawn = data.synthetic((1024, 10, 10)).train.images
     for count in sorted({min(size, args.images) for size in (64, 1024, args.images)}):
         images = drawn.repeat(-(-count // 1024), 1, 1, 1)[:count].to(args.device)
         for name, augmentation in augment.AUGMENTATIONS.items():
             generator = torch.Generator().manual_seed(1)
             ours = per_second(count, functools.partial(augmentation, images, generator))
             ways = {"ours": ours, **other_augmentations(name, images)}
-            rows.append(compare(f"{name} of {count:,}", ways, args.rounds))
-    return rows
+            yield compare(f"{name} of {count:,}", ways, args.rounds)
 
 
 def other_augmentations(name, images):
@@ -352,11 +349,9 @@ def benchmark_data(args):
         taking[name] = per_second(batches * size, functools.partial(exhaust, endless(run), batches))
         training[name] = our_training(run, steps)
     decode = per_second(len(some.train.labels) + 100, lambda: data.load(args.folder / "images", next(roots)))
-    return [
-        compare("decoding, once", {"ours": decode, **plain}, args.rounds),
-        compare("batches", {**taking, **plain}, args.rounds),
-        compare("training custom", training, args.rounds),
-    ]
+    yield compare("decoding, once", {"ours": decode, **plain}, args.rounds)
+    yield compare("batches", {**taking, **plain}, args.rounds)
+    yield compare("training custom", training, args.rounds)
 
 
 def exhaust(batches, count=None):
@@ -388,7 +383,7 @@ def benchmark_start(args):
         "train.py --data synthetic": lambda: first_step(args, "synthetic"),
         f"on {args.images:,} decoded images": lambda: first_step(args, folder),
     }
-    return [compare("seconds", ways, args.rounds, warm_up=0)]
+    yield compare("seconds", ways, args.rounds, warm_up=0)
 
 
 def import_torch():
@@ -437,7 +432,8 @@ def main():
     add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
     add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in the "
         "file or folder (default: enough for a steady rate)")  # fmt: skip
-    add("--json", type=Path, help="also write the figures to this file")
+    add("--compile", action="store_true", help="also measure compiled training, which takes minutes")
+    add("--json", type=Path, help="also write the figures to this file, row by row")
     args = parser.parse_args()
     given = args.images
     try:
@@ -455,11 +451,14 @@ def main():
         args.images = given or (on_cpu if args.device.type == "cpu" else elsewhere)
         print(f"\n{name}: {' '.join(measure.__doc__.split())}\n", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            args.folder = Path(folder)
-            found[name] = measure(args)
+            args.folder, found[name] = Path(folder), []
+            for row in measure(args):
+                found[name].append(row)
+                values = ", ".join(f"{way} {value:,.5g}" for way, value in row["values"].items())
+                print(f"{row['what']}: {values}", flush=True)
+                if args.json:
+                    args.json.write_text(json.dumps(found, indent=1))
         show(found[name])
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
