@@ -582,8 +582,9 @@ def explanation(block, usual):
     if any(cell.tied for cell in marked):
         seeds = span(cell.seeds for cell in marked if cell.seeds > 2)
         text += f"; ≈: not significantly different from the best (Welch, p > 0.05, n = {seeds})"
-    if marked and usual > 2 and any(0 < cell.seeds < 3 for cell in block.cells):
-        text += "; not tested where n < 3"
+    counts = {cell.seeds for cell in block.cells if cell.seeds}
+    if marked and min(counts) < 3 <= max(counts):
+        text += "; not tested where a cell or the best has n < 3"
     return "; ".join([text, *block.notes]) + "."
 
 
@@ -699,10 +700,11 @@ def draw_gate(figure, results):
 
 
 def drawn_cells(block):
-    """The cells with results, without rows that have only one, such as a shared baseline, if others have more."""
-    counts = collections.Counter(cell.row for cell in block.cells if cell.seeds)
-    least = min(2, max(counts.values()))
-    return [cell for cell in block.cells if cell.seeds and counts[cell.row] >= least]
+    """The cells with results, without rows that have only the recipe's own setting, if others have more."""
+    recipe = text_of(complete("train", {}).get(TABLES[block.name].columns))
+    cells = [cell for cell in block.cells if cell.seeds]
+    compared = {cell.row for cell in cells if cell.column != recipe}
+    return [cell for cell in cells if cell.row in compared or not compared]
 
 
 def draw_curves(figure, block):
@@ -782,7 +784,10 @@ def draw_figures(blocks, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         file, draw, row, size, what, title = FIGURES.get(block.name, [None] * 6)
-        results = [found for place, found in block.found.items() if row is None or place == (row, "accuracy")]
+        places = (
+            [(cell.row, cell.column) for cell in drawn_cells(block)] if row is None else [(row, "accuracy")]
+        )
+        results = [block.found[place] for place in places if place in block.found]
         if not file or not results:
             continue
         alone = sum(other.name == block.name for other in blocks) == 1

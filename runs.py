@@ -71,30 +71,33 @@ def command_line(main):
         signal.signal(signum, stop)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
+    status = 0
     try:
         main()
+        sys.stdout.flush()
     except Stopped as stopped:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         signal_name = signal.Signals(stopped.args[0]).name
         advice = "the same command resumes from the last checkpoint, if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+        status = 128 + stopped.args[0]
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print(f"{name}: error: standard output was closed: {KEPT}", file=sys.stderr)
-        sys.exit(1)
+        status = 1
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as error:
         if os.environ.get("TRACEBACK"):
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
-    if "WORLD_SIZE" in os.environ:
-        # DistributedDataParallel leaves gloo's threads behind, even after destroy_process_group; they can abort
-        # the interpreter's exit with SIGABRT (github.com/pytorch/pytorch/pull/179291)
-        sys.stdout.flush()
-        os._exit(0)
+        status = 2 if isinstance(error, ValueError) else 1
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # DistributedDataParallel leaves gloo's threads behind, even after destroy_process_group, and they can
+        # abort the interpreter's exit with SIGABRT
+        os._exit(status)
+    if status:
+        sys.exit(status)
 
 
 def new_parser(doc):

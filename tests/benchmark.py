@@ -88,13 +88,15 @@ def compare(what, ways, rounds, warm_up=1):
     return row
 
 
+def shown(value):
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
 def show(rows):
     names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     table = []
     for row in rows:
-        values = [row["values"].get(name) for name in names]
-        cells = ["-" if v is None else f"{v:,.0f}" if v >= 100 else f"{v:.2f}" for v in values]
-        table.append([row["what"], *cells])
+        table.append([row["what"], *(shown(row["values"].get(name)) for name in names)])
         if "ratio" in row:
             table[-1].append(f"{row['ratio']:.1f}x {row['best']}")
     columns = max(map(len, table))
@@ -454,7 +456,7 @@ def main():
             args.folder, found[name] = Path(folder), []
             for row in measure(args):
                 found[name].append(row)
-                values = ", ".join(f"{way} {value:,.5g}" for way, value in row["values"].items())
+                values = ", ".join(f"{way} {shown(value)}" for way, value in row["values"].items())
                 print(f"{row['what']}: {values}", flush=True)
                 if args.json:
                     args.json.write_text(json.dumps(found, indent=1))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 # pytest-xdist workers share the cores. Torch reads the variable when it is imported, which a plugin may have done
 share = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ["OMP_NUM_THREADS"] = str(min(share, int(os.environ.get("OMP_NUM_THREADS") or share)))
+given = os.environ.get("OMP_NUM_THREADS", "")
+threads = min(share, int(given)) if given.isdecimal() and int(given) else share
+os.environ["OMP_NUM_THREADS"] = str(threads)
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(threads)
 HOUSE = Path(__file__).resolve().parent.parent
 
 

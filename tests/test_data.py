@@ -281,7 +281,7 @@ def test_synthetic_small_is_drawn_like_synthetic_with_fewer_images():
 
 def test_the_bits_of_synthetic_do_not_change_nor_depend_on_the_processor(run):
     code = "import data; print(data.load('synthetic').fingerprint); raise SystemExit"
-    for instructions in ("default", "avx2"):  # without vector instructions, and with some
+    for instructions in ("default", "avx2"):  # of x86: SSE only, and AVX2
         process = run("data.py", code=code, ATEN_CPU_CAPABILITY=instructions)
         assert process.stdout == "70ccbe6be2f87822\n"
     assert data.load("synthetic").fingerprint == "70ccbe6be2f87822"
