@@ -660,6 +660,14 @@ def panels(figure, titles):
     return dict(zip(titles, grid.flat, strict=False))
 
 
+def drawn_cells(block):
+    """The cells with results, without rows that have only the recipe's own setting, if others have more."""
+    recipe = text_of(complete("train", {}).get(TABLES[block.name].columns))
+    cells = [cell for cell in block.cells if cell.seeds]
+    compared = {cell.row for cell in cells if cell.column != recipe}
+    return [cell for cell in cells if cell.row in compared or not compared]
+
+
 # Each of these draws a table's figure, from the results of one cell or from the whole table
 
 
@@ -697,14 +705,6 @@ def draw_gate(figure, results):
     axes.invert_yaxis()
     axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
     legend(figure)
-
-
-def drawn_cells(block):
-    """The cells with results, without rows that have only the recipe's own setting, if others have more."""
-    recipe = text_of(complete("train", {}).get(TABLES[block.name].columns))
-    cells = [cell for cell in block.cells if cell.seeds]
-    compared = {cell.row for cell in cells if cell.column != recipe}
-    return [cell for cell in cells if cell.row in compared or not compared]
 
 
 def draw_curves(figure, block):
@@ -784,10 +784,8 @@ def draw_figures(blocks, folder):
     folder.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         file, draw, row, size, what, title = FIGURES.get(block.name, [None] * 6)
-        places = (
-            [(cell.row, cell.column) for cell in drawn_cells(block)] if row is None else [(row, "accuracy")]
-        )
-        results = [block.found[place] for place in places if place in block.found]
+        places = [(cell.row, cell.column) for cell in drawn_cells(block)]
+        results = [block.found[place] for place in places if row is None or place == (row, "accuracy")]
         if not file or not results:
             continue
         alone = sum(other.name == block.name for other in blocks) == 1
