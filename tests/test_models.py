@@ -69,12 +69,12 @@ def norm(s, name, x, training):
 def test_a_network_is_its_layers_in_the_studys_order(name, training):
     torch.manual_seed(1)
     model, written, shape, count = {
-        "custom": (models.build("custom", dropout=0.3), custom, (3, 32, 32), 3_229_738),
-        "embedding": (models.FewShotEmbedding(), embedding, (3, 32, 32), 47_070),
-        "mixture": (models.MixtureOfExperts(), mixture, (3, 4096), 15_899_469),
+        "custom": (lambda: models.build("custom", dropout=0.3), custom, (3, 32, 32), 3_229_738),
+        "embedding": (models.FewShotEmbedding, embedding, (3, 32, 32), 47_070),
+        "mixture": (models.MixtureOfExperts, mixture, (3, 4096), 15_899_469),
     }[name]
+    model, inputs = model().double().train(training), torch.randn(6, *shape, dtype=torch.float64)
     assert sum(p.numel() for p in model.parameters()) == count
-    model, inputs = model.double().train(training), torch.randn(6, *shape, dtype=torch.float64)
     for key, value in model.state_dict().items():  # norms that do something, and attention that is confident
         value.mul_(4 if "qkv" in key else 1).add_(0.5 * torch.rand_like(value) if value.dim() == 1 else 0)
     state = {key: value.clone() for key, value in model.state_dict().items()}
