@@ -1,13 +1,12 @@
 """Image data sets as uint8 tensors: decoded once, cached, memory-mapped, batched on any device.
 
     python data.py --data cinic10         # download (688 MB), decode, cache, describe
-    python data.py --data path/to/folder  # train/<class>/*, test/<class>/*, optionally valid/<class>/*
+    python data.py --data path/to/folder  # train/<class>/*, valid/<class>/*, test/<class>/*, or <class>/*
 
 A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
 """
 
 import collections
-import contextlib
 import csv
 import hashlib
 import http.client
@@ -18,18 +17,17 @@ import os
 import pickle
 import re
 import shutil
-import stat
 import tarfile
-import tempfile
-import time
+import threading
 import urllib.request
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image  # comes with torchvision, whose own import would take over a second
+from PIL import Image, ImageOps  # comes with torchvision, whose own import would take over a second
 
 import runs
 
@@ -42,7 +40,15 @@ GROUPS = {
     "vehicles": ("airplane", "automobile", "ship", "truck"),
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+SPELLINGS = {  # of the splits' folders; of train and test only the first is accepted, of valid each, in any case
+    "train": ("train", "training", "trainset"),
+    "valid": ("valid", "val", "validation"),
+    "test": ("test", "testing", "testset"),
+}
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 MAX_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 CACHE_VERSION = 5  # increment it when decoding or the cache's layout changes
 
@@ -101,6 +107,9 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     if dataset.only or fraction < 1:  # a subset has its own mean and std
         mean, std = _mean_and_std(dataset.train.images)
         dataset = dataset._replace(mean=mean, std=std)
+    if len(dataset.classes) == 1 or len(dataset.train.labels) == len(dataset.classes):
+        few = "one class" if len(dataset.classes) == 1 else "one training image a class"
+        print(f"warning: {dataset.name} has {few}: its accuracies say nothing")
     return dataset
 
 
@@ -114,8 +123,8 @@ def to_device(split, device):
 def batches(split, dataset, device, plan, streams=((),), seeds=()):
     """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised; int64 (B,).
 
-    plan: (order, sizes) from `make_plan` for len(streams) * N images. streams: lists of functions (uint8 images,
-    generator) -> uint8 images; every image passes through each stream once. seeds: (seed, epoch), on which
+    plan: from `make_plan` for len(streams) * N images. streams: lists of functions (uint8 images, generator)
+    -> uint8 images; every image passes through each stream once. seeds: (seed, epoch), on which
     augmentation depends. dataset: provides the mean and std for normalisation.
     """
     order, sizes = plan
@@ -206,21 +215,25 @@ def seed_from(*parts):
 def spec(names):
     """Class names as --classes takes them, in one spelling: sorted, as a row of CSV."""
     row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(sorted(names))
-    return row.getvalue()
+    csv.writer(row).writerow(sorted(names))
+    return row.getvalue().removesuffix("\r\n")
 
 
-def pick(dataset, option, spec):
-    """The class names, a tuple, in `spec`: a row of CSV with names of classes or, where no class is called so,
-    of GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for an unknown name."""
+def pick(dataset, option, text):
+    """The class names, a tuple, in the text: a row of CSV with names of classes or, where no class is called so,
+    of GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
     names = []
-    for typed in next(csv.reader([spec]), []):
-        name = typed if typed in dataset.classes else typed.strip()
+    try:
+        typed = next(csv.reader([text]), [])
+    except csv.Error as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+    for name in typed:
+        name = name if name in dataset.classes else name.strip()
         names += [name] if name in dataset.classes else GROUPS.get(name, [name])
     unknown = [name for name in names if name not in dataset.classes]
     if unknown or not names:
         what = f"no class {unknown[0]!r}" if unknown else "classes to choose from"
-        raise ValueError(f"{option} {spec}: {dataset.name} has {what}; it has {', '.join(dataset.classes)}")
+        raise ValueError(f"{option} {text}: {dataset.name} has {what}; it has {', '.join(dataset.classes)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -247,13 +260,18 @@ def _subset(split, fraction):
     """The same number of images per class, at least one: the first of each class in a fixed random order, so
     that a smaller fraction is a subset of a larger one."""
     counts = torch.bincount(split.labels)
-    per_class = max(1, min(round(fraction * len(split.labels) / len(counts)), int(counts.min())))
+    asked = round(fraction * len(split.labels) / len(counts))
+    per_class = max(1, min(asked, int(counts.min())))
+    if per_class != asked:
+        print(
+            f"--fraction {fraction:g}: {per_class:,} training images a class (smallest: {counts.min():,}), not {asked:,}"
+        )
     rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
 
 
 def _place_in_class(labels):
-    """Each image's place, from 0, in a random but fixed order of the images of its class. labels: int64 (N,)."""
+    """Each image's place, from 0, in a random but fixed order of its class's images. labels: int64 (N,)."""
     generator = torch.Generator().manual_seed(0)
     places = torch.empty_like(labels)
     for label, count in enumerate(torch.bincount(labels).tolist()):
@@ -335,8 +353,9 @@ def _open_cache(file, source=None):
 def _load_folder(folder, root):
     folder = folder.resolve()
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)[:40]
-    dataset = _load_images(folder, root, f"{safe}-{_digits(str(folder))}")
-    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *dataset.classes)}")
+    classes, files = _list_images(folder)
+    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", classes, files)
+    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *classes)}")
 
 
 def _digits(*texts):
@@ -344,93 +363,138 @@ def _digits(*texts):
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
 
 
-def _load_images(folder, root, name):
-    """The data set in a folder. name: of its cache."""
-    classes, files = _list_images(folder)
-    source = hashlib.sha256(json.dumps([str(folder), classes, files]).encode()).hexdigest()
+def _load_images(root, name, classes, files):
+    """The data set of files listed by _list_images. name: of its cache."""
+    listed = itertools.chain.from_iterable(files.values())
+    text = "\n".join(f"{path} {size} {modified}" for _, path, size, modified in listed)
+    source = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     return _load_cached(root, name, source, lambda: (classes, _decode_splits(classes, files)))
 
 
 def _list_images(folder):
-    """Sorted class names, and {split: [[(path, bytes, modification time), ...] for each class]}.
+    """Sorted class names, and {split: [(class, path, bytes, modification time), ...]}.
 
-    Prints how many files are ignored. Raises OSError for a folder that is not a data set.
+    Prints what is ignored, and what is split off train. Raises OSError for a folder that is not a data set.
     """
-    places = {split: folder / split for split in SPLITS}
-    if (folder / "val").is_dir():
-        if places["valid"].is_dir():
-            raise FileExistsError(f"{folder} has both valid/ and val/: rename or remove one of them")
-        places["valid"] = folder / "val"
-    for split in ("train", "test"):
-        if not places[split].is_dir():
-            needs = "it needs train/<class>/* and test/<class>/*, and may have valid/<class>/*"
-            raise FileNotFoundError(f"{folder} has no folder {split}/: {needs}")
     ignored = collections.Counter()
-    found = {split: _list_split(place, ignored) for split, place in places.items() if place.is_dir()}
+    places = _find_splits(folder, ignored)
+    files = {split: _list_split(place, ignored) for split, place in places.items()}
     if ignored:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
-        print(f"{ignored.total():,} files ignored: {kinds}")
-    classes = sorted(set().union(*found.values()))
+        kinds = [f"{count:,} {kind}" for kind, count in ignored.most_common(20)]
+        print(f"ignored in {folder}: {', '.join(kinds + ['...'] * (len(ignored) > 20))}")
+    entries = itertools.chain.from_iterable(place.iterdir() for place in places.values())
+    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
     if not classes:
-        raise FileNotFoundError(f"{places['train']} has no class folders: it needs train/<class>/*")
-    for split, name in itertools.product(found, classes):
-        if not found[split].get(name):
-            needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
-            raise FileNotFoundError(f"{places[split] / name} is missing or has no images: {needs}")
-    return classes, {split: [by_class[name] for name in classes] for split, by_class in found.items()}
+        needs = "train/<class>/* and test/<class>/*, or <class>/*"
+        raise FileNotFoundError(f"{places['train']} has no class folders: a data set needs {needs}")
+    missing = [split for split in SPLITS if split not in files]
+    for split, place in places.items():
+        counts = collections.Counter(name for name, *_ in files[split])
+        for name in classes:
+            if not counts[name]:
+                needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
+                raise FileNotFoundError(f"{place / name} is missing or has no images: {needs}")
+            if split == "train" and counts[name] <= len(missing):
+                raise FileNotFoundError(
+                    f"{place / name} has too few images to split off {' and '.join(missing)}"
+                )
+    if missing:
+        print(
+            f"{' and '.join(missing)} split off {places['train']}: a tenth of each class, with a fixed seed"
+        )
+    return classes, files
+
+
+def _find_splits(folder, ignored):
+    """{split: its folder} for the splits that there are, or {"train": folder} for class folders alone. Adds what
+    else there is to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
+    places, entries = {}, sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    for split, spellings in SPELLINGS.items():
+        similar = [name for name in folders if name.lower() in spellings]
+        names = similar if split == "valid" else [name for name in similar if name == split]
+        if len(names) > 1:
+            raise FileExistsError(
+                f"{folder} has both {names[0]}/ and {names[1]}/: rename or remove one of them"
+            )
+        if names:
+            places[split] = folder / names[0]
+        elif similar:
+            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {similar[0]}/? Rename it")
+    if not places:
+        names = ("train", "test", *SPELLINGS["valid"])
+        if folder.name.lower() in names and sum((folder.parent / name).is_dir() for name in names) > 1:
+            raise FileNotFoundError(f"{folder} is one split of a data set: use its parent, {folder.parent}")
+        for inner in folder.glob("*/train"):
+            raise FileNotFoundError(f"{folder} has no folder train/: did you mean {inner.parent}?")
+        return {"train": folder}
+    if "train" not in places:
+        raise FileNotFoundError(f"{folder} has no folder train/: it needs train/<class>/*")
+    others = [entry for entry in entries if entry not in places.values()]
+    ignored.update(f"{entry.name}/" if entry.is_dir() else entry.name for entry in others)
+    return places
 
 
 def _list_split(split, ignored):
-    """{class: [(path, bytes, modification time), ...]} of the images in and below a split's class folders, in
-    ImageFolder's order. Hidden files are skipped, others counted in `ignored`, a Counter, by kind."""
+    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders, sorted.
 
-    def fail(error):
-        raise error
+    Links are followed, but what is reached again counts once. Hidden files are skipped, others added to `ignored`.
+    """
+    files, seen, top = [], set(), os.path.realpath(split)
 
-    found = {}
-    for place, folders, files in os.walk(split, onerror=fail, followlinks=True):
-        for names in (folders, files):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-        inside = Path(place).relative_to(split).parts  # class folder, its subfolder, ...
-        images = found.setdefault(inside[0], []) if inside else None
-        for file in (os.path.join(place, name) for name in files):
-            suffix = os.path.splitext(file)[1].lower()
-            try:
-                info = os.stat(file)
-            except OSError:  # a broken link
-                info = None
-            if info is None or not stat.S_ISREG(info.st_mode):
+    def leads_back(real):  # to a folder above `top`, or to what is found in it anyway
+        parts = os.path.relpath(real, top).split(os.sep)
+        return {".", ".."}.issuperset(parts) or not any(part.startswith(".") for part in parts)
+
+    def visit(folder, real_folder, name):  # name: of the class; None in the split's own folder
+        folders = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            linked = entry.is_symlink()
+            real = os.path.realpath(entry.path) if linked else f"{real_folder}{os.sep}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if (linked and not os.path.exists(real)) or not (entry.is_file() or entry.is_dir()):
                 ignored["broken link or special file"] += 1
-            elif inside and suffix in IMAGE_SUFFIXES:
-                images.append((file, info.st_size, info.st_mtime_ns))
+            elif entry.is_file() and not (name and entry.name.lower().endswith(IMAGE_SUFFIXES)):
+                ignored[Path(entry.name).suffix.lower() or "without suffix" if name else entry.name] += 1
+            elif real in seen or (linked and leads_back(real)):
+                ignored["reached again through a link"] += 1
             else:
-                ignored[suffix or "without suffix"] += 1
-    return found
+                seen.add(real)
+                if entry.is_dir():
+                    folders.append((entry.path, real, name or entry.name))
+                else:
+                    info = entry.stat()
+                    files.append((name, entry.path, info.st_size, info.st_mtime_ns))
+        for arguments in folders:
+            visit(*arguments)
+
+    visit(split, top, None)
+    return files
 
 
 def _decode_splits(classes, files):
-    """The three splits of the files. Without valid/, a tenth of train becomes the valid split."""
-    paths = {split: [path for found in files[split] for path, *_ in found] for split in files}
-    labels = {split: torch.arange(len(classes)).repeat_interleave(torch.tensor([*map(len, files[split])]))
-              for split in files}  # fmt: skip
-    if "valid" not in files:
-        for name, found in zip(classes, files["train"], strict=True):
-            if len(found) < 2:
-                raise RuntimeError(f"class {name!r} has one image in train/: too few to split off valid/")
-        held = _tenths(labels["train"]) == 0
-        for split, mask in (("valid", held), ("train", ~held)):
-            paths[split] = list(itertools.compress(paths["train"], mask))
-            labels[split] = labels["train"][mask]
-    images = torch.from_numpy(_decode(list(itertools.chain(*(paths[split] for split in SPLITS)))))
-    counts = [len(paths[split]) for split in SPLITS]
-    return [Split(part, labels[split]) for part, split in zip(images.split(counts), SPLITS, strict=True)]
+    """The three splits of the files. A split without files becomes a tenth of train."""
+    number = {name: label for label, name in enumerate(classes)}
+    missing = [split for split in SPLITS if split not in files]
+    train, files = files["train"], dict(files)
+    tenths = _tenths(torch.tensor([number[name] for name, *_ in train])).tolist()
+    for index, split in enumerate(missing):
+        files[split] = [file for file, tenth in zip(train, tenths, strict=True) if tenth == index]
+    files["train"] = [file for file, tenth in zip(train, tenths, strict=True) if tenth >= len(missing)]
+    listed = [file for split in SPLITS for file in files[split]]
+    images = torch.from_numpy(_decode([path for _, path, *_ in listed]))
+    labels = torch.tensor([number[name] for name, *_ in listed])
+    counts = [len(files[split]) for split in SPLITS]
+    return [*map(Split, images.split(counts), labels.split(counts))]
 
 
 def _decode(paths, block=16):
-    """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming those that are unreadable."""
-    images = np.empty((len(paths), 3, SIZE, SIZE), np.uint8)
+    """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming those that cannot be read."""
+    images, reading, warned = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), threading.local(), []
 
     def read(row):  # returns what is wrong with the file, if anything
+        reading.path = paths[row]
         try:
             images[row] = read_image(paths[row])
         except RuntimeError as error:
@@ -440,27 +504,41 @@ def _decode(paths, block=16):
         return [read(row) for row in range(start, min(start + block, len(paths)))]
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
-    try:
-        results = itertools.chain.from_iterable(pool.map(read_block, range(0, len(paths), block)))
-        unreadable = [failure for failure in runs.progress(results, "decoding", len(paths)) if failure]
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: warned.append(f"{reading.path}: {message}")
+        try:
+            results = itertools.chain.from_iterable(pool.map(read_block, range(0, len(paths), block)))
+            unreadable = [failure for failure in runs.progress(results, "decoding", len(paths)) if failure]
+        finally:
+            pool.shutdown(cancel_futures=True)
     if unreadable:
         names = ", ".join([path for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
         text = f"{len(unreadable):,} of {len(paths):,} images cannot be read, fix or remove them: {names}"
         raise RuntimeError(f"{text} (the first: {unreadable[0][1]})")
+    if warned:
+        print(f"{len(warned):,} warnings from Pillow on images that it did read; the first: {warned[0]}")
     return images
 
 
 def read_image(path):
-    """Any image file as RGB, uint8 array (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper 8
-    bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError naming the file."""
+    """Any image file as RGB, uint8 array (3, 32, 32): upright by its EXIF orientation, transparency over white,
+    16-bit grey by its upper 8 bits, the first of several frames. Other sizes are resized (bilinear, antialiased).
+
+    Raises RuntimeError naming the file, also where pixels have no defined range (float, 32-bit integer).
+    """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            if image.mode.startswith("I"):
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F" or (image.mode == "I" and file.format not in ("PNG", "PPM")):
+                raise ValueError(f"pixels of mode {image.mode}, 32 bits, have no defined range")
+            if image.mode.startswith("I"):  # 16 bits
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
             if image.size != (SIZE, SIZE):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -481,10 +559,10 @@ def _load_cinic10(root):
         if dataset:
             return dataset
         folder = _unpack(root, "cinic10", "CINIC-10.tar.gz", CINIC10_URLS, CINIC10_MD5)
-    dataset = _load_images(folder.resolve(), root, "cinic10")
-    if dataset.classes != CLASSES:
-        raise RuntimeError(f"{folder} is not CINIC-10: its classes are {', '.join(dataset.classes)}")
-    return dataset
+    classes, files = _list_images(folder.resolve())
+    if tuple(classes) != CLASSES:
+        raise RuntimeError(f"{folder} is not CINIC-10: it has the classes {', '.join(classes)}")
+    return _load_images(root, "cinic10", classes, files)
 
 
 def _cifar10(root):
@@ -510,32 +588,36 @@ def _cifar10(root):
 def _unpack(root, name, filename, urls, md5):
     """The folder root/name, unpacked from root/filename, which is downloaded first, if they are missing.
 
-    Raises RuntimeError for an archive that is damaged, cannot be had, or would write outside the folder.
+    Raises RuntimeError for an archive that is damaged, cannot be downloaded, or would write outside the folder.
     """
     from torchvision.datasets.utils import check_integrity
 
-    folder, archive = root / name, root / filename
+    folder, archive, unfinished = root / name, root / filename, root / f".{name}-unfinished"
     with runs.exclusive(root / f".{name}.lock"):
         if folder.is_dir():  # another process has unpacked it meanwhile
             return folder
-        with _new_folder(folder) as temporary:
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+            unfinished.mkdir()
             if not archive.exists():
-                _download(urls, temporary / filename, md5)
-                os.rename(temporary / filename, archive)
+                _download(urls, unfinished / filename, md5)
+                os.rename(unfinished / filename, archive)
             elif not check_integrity(archive, md5):
                 raise RuntimeError(
-                    f"{archive} is damaged or a different file (wrong MD5): remove it and try again"
+                    f"{archive} is damaged or another file (wrong MD5): remove it and try again"
                 )
             print(f"unpacking {archive}", flush=True)
-            try:
-                with tarfile.open(archive) as tar:
-                    tar.extractall(temporary, filter="data")
-            except (tarfile.TarError, EOFError, OSError) as error:
-                raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
+            with tarfile.open(archive) as tar:
+                tar.extractall(unfinished, filter="data")
+            os.rename(unfinished, folder)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _download(urls, archive, md5):
+def _download(urls, file, md5):
     """Download a file from the first of several URLs that has it."""
     from torchvision.datasets.utils import check_integrity
 
@@ -543,35 +625,19 @@ def _download(urls, archive, md5):
         print(f"downloading {url}", flush=True)
         request = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(archive, "wb") as file:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(file, "wb") as target:
                 blocks = iter(lambda: response.read(2**16), b"")
-                file.writelines(runs.progress(blocks, archive.name, response.length or 0, len))
-            if check_integrity(archive, md5):
+                target.writelines(runs.progress(blocks, file.name, response.length or 0, len))
+            if check_integrity(file, md5):
                 return
-            reason = "what arrives is cut off or another file (wrong MD5)"
+            reason = "cut off, or another file (wrong MD5)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         print(f"failed: {reason}")
     raise RuntimeError(
-        f"{archive.name} cannot be downloaded ({reason}): connect to the network, put {archive.name} from "
-        f"{urls[0]} into the folder of --root, or use other data: --data cifar10, --data PATH (your own folder), "
-        "--data synthetic (no download)"
+        f"{file.name} cannot be downloaded ({reason}): connect to the network, put {file.name} from {urls[0]} into "
+        "the folder of --root, or use --data cifar10, --data PATH (your own folder) or --data synthetic (no download)"
     )
-
-
-@contextlib.contextmanager
-def _new_folder(final):
-    """A temporary folder, renamed to `final` at the end of the block, or removed if the block fails."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(".unfinished-*"):  # of a process killed at least a day ago
-        if time.time() - leftover.stat().st_mtime > 86_400:
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = {"prefix": ".unfinished-", "dir": final.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**unfinished) as temporary:
-        yield Path(temporary)
-        os.chmod(temporary, 0o755)
-        if not final.is_dir():  # where locks do not work, another process may have been faster
-            os.rename(temporary, final)
 
 
 # Generated images
@@ -640,11 +706,17 @@ def _paint(labels, generator):
 
 def describe(dataset):
     """Describe a data set in a few lines of text."""
+
+    def a_class(split):  # images of the smallest and of the largest class
+        counts = torch.bincount(split.labels)
+        return " to ".join(f"{count:,}" for count in sorted({int(counts.min()), int(counts.max())}))
+
     splits = {name: getattr(dataset, name) for name in SPLITS}
     bytes_used = sum(split.images.nbytes + split.labels.nbytes for split in splits.values())
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
         "images:  " + ", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()),
+        "a class: " + ", ".join(f"{name} {a_class(split)}" for name, split in splits.items()),
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
         f"bytes:   {bytes_used:,}",
@@ -664,7 +736,10 @@ def add_arguments(parser, classes=True):
     add("--fraction", type=runs.number(float, 0, 1, (1,)), default=1.0, help=f"{part} (default: all)")
     parser.set_defaults(classes=None)
     if classes:
-        add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
+        add(
+            "--classes",
+            help="use only these classes: vehicles, animals, or names such as cat,dog or '\"a, b\",c'",
+        )
 
 
 def main():
