@@ -363,7 +363,7 @@ def test_any_size_and_layout_is_accepted_and_kept(name, layout):
             assert out.is_contiguous(memory_format=layout) and out.data_ptr() != images.data_ptr()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_a_generator_on_the_cpu_gives_the_same_augmentation_on_the_gpu(name):
     images = data.synthetic((500, 10, 10)).train.images
@@ -421,7 +421,7 @@ def test_on_a_device_there_is_no_float64_no_read_and_few_copies_of_parameters(na
         assert watch.copies == sum(uploaded)  # each by _upload, which pins memory for CUDA
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", STREAMS)
 def test_on_a_gpu_there_is_no_device_synchronization(name):
     images = torch.randint(0, 256, (3000, 3, 32, 32), dtype=torch.uint8, device="cuda")
