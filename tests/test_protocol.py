@@ -1,7 +1,5 @@
-"""What a result stands on: the images, split, seed, mode, settings and defaults that made it.
-
-Results are computed again from saved weights and image files with PIL, numpy, scikit-learn and torch, and a
-spy records what reaches networks, dropout, loss and optimizer while a script runs in this process.
+"""What a result stands on: the images, split, seed, mode, settings and defaults that made it. Results are
+computed again from saved weights and image files, and a spy records what reaches networks, loss and optimizer.
 """
 
 import json
@@ -31,8 +29,9 @@ import runs
 import train
 
 cross_entropy, dropout = F.cross_entropy, F.dropout
-
-# Adapters to our functions' parameters
+COUNTS = {"train": [14, 12, 16, 18, 11, 13, 17, 15, 12, 16], "valid": [5, 9, 6, 8, 5, 7, 9, 6, 8, 5],
+          "test": [9, 6, 11, 7, 12, 8, 6, 10, 7, 13]}  # fmt: skip
+FEW = {"train": [6, 6], "valid": [1, 1], "test": [1, 1]}
 
 
 def start(script, *words):
@@ -42,22 +41,11 @@ def start(script, *words):
         script.main()
 
 
-def name_of(script, words):
-    return script.run_name(script.parse_arguments(words.split()))
-
-
 def checkpoint_settings(script, words):
     """The settings that a checkpoint of this command holds, as text."""
     dataset, args = Seen(fingerprint="0" * 16), script.parse_arguments(words.split())
     run = runs.Run(args, 1, dataset, torch.device("cpu"), Path("results/run/seed1.json"))
     return repr(sorted(run.settings.items()))
-
-
-# Image files
-
-COUNTS = {"train": [14, 12, 16, 18, 11, 13, 17, 15, 12, 16], "valid": [5, 9, 6, 8, 5, 7, 9, 6, 8, 5],
-          "test": [9, 6, 11, 7, 12, 8, 6, 10, 7, 13]}  # fmt: skip
-FEW = {"train": [6, 6], "valid": [1, 1], "test": [1, 1]}
 
 
 def write_images(counts, folder="images", suffix="png", seed=0):
@@ -77,8 +65,7 @@ def write_images(counts, folder="images", suffix="png", seed=0):
 
 
 def read_images(split):
-    """A split of the folder `images`, normalised by the train split's mean and std: float (N, 3, 32, 32), and
-    labels, int64 (N,)."""
+    """A split's images, float (N, 3, 32, 32), normalised by the train split's mean and std, and labels."""
     folders = [ImageFolder(f"images/{name}", to_tensor) for name in ("train", split)]
     known, images = (torch.stack([image for image, _ in folder]) for folder in folders)
     std, mean = torch.std_mean(known, (0, 2, 3), correction=0, keepdim=True)
@@ -135,8 +122,7 @@ def spy(tmp_path, monkeypatch):
         return inputs * mask
 
     def step(optimizer, *_):
-        (group,) = optimizer.param_groups
-        spy.steps.append({**group, "type": type(optimizer).__name__})
+        spy.steps.append({**optimizer.param_groups[0], "type": type(optimizer).__name__})
         spy.at_step()
 
     monkeypatch.setattr(F, "cross_entropy", loss)
@@ -167,8 +153,8 @@ def test_a_supervised_result_follows_from_its_weights_and_the_files(spy):
 
 @torch.no_grad()
 def test_a_mixture_and_its_ensembles_follow_from_their_weights_and_the_files(spy):
-    files = write_images({**COUNTS, "train": [6, 5, 7, 9, 5, 6, 8, 7, 6, 8]})
-    start(moe, files, "--epochs 2 --batch-size 16 --adapter-width 24")
+    files = write_images({**COUNTS, "train": [3, 4, 5, 4, 3, 4, 5, 3, 4, 5]})
+    start(moe, files, "--epochs 2 --batch-size 8 --adapter-width 24")
     result, saved, _ = read_run("results/moe-*")
     experts = {}
     for path in Path("results").glob("custom-*/seed*.pt"):
@@ -195,7 +181,7 @@ def test_a_mixture_and_its_ensembles_follow_from_their_weights_and_the_files(spy
     check_metrics(result["test"], logits, labels)
     assert result["confusion"] == oracle.confusion_matrix(labels, logits.argmax(1)).tolist()
     gate = [weights[labels == label].mean(0).tolist() for label in range(10)]
-    assert np.allclose(result["gate"], gate, atol=1e-4) and np.std(gate, 0).max() > 0.001
+    assert np.allclose(result["gate"], gate, atol=1e-5) and np.std(gate, 0).max() > 1e-4
 
     # The gating network learned from the features of the train split, each epoch in another order
     inputs = torch.cat([one.inputs for one in spy.passes if one.training and one.inputs.ndim == 3])
@@ -209,10 +195,8 @@ def test_a_mixture_and_its_ensembles_follow_from_their_weights_and_the_files(spy
 @torch.no_grad()
 def test_a_few_shot_result_follows_from_its_weights_and_the_files(spy, monkeypatch):
     kmeans, clusters = fewshot.kmeans, []
-    recorded = lambda *given: clusters.append(kmeans(*given)) or clusters[-1]
-    monkeypatch.setattr(fewshot, "kmeans", recorded)
-    settings = "--fraction 1 --way 5 --shot 2 --query 3 --episodes 80 --lr 0.01"
-    start(fewshot, write_images(COUNTS), settings)
+    monkeypatch.setattr(fewshot, "kmeans", lambda *given: clusters.append(kmeans(*given)) or clusters[-1])
+    start(fewshot, write_images(COUNTS), "--fraction 1 --way 5 --shot 2 --query 3 --episodes 50 --lr 0.01")
     result, saved, _ = read_run("results/fewshot-*")
     model = models.FewShotEmbedding().eval()
     model.load_state_dict(saved["state_dict"])
@@ -328,8 +312,8 @@ def test_no_query_is_a_support_image_and_blocks_and_seeds_of_episodes_differ(spy
         drawn.append(rows.tolist())
         assert not changed.any() and len(rows) == 4 * (2 + 3) == len(set(drawn[-1]))
         support, query = labels[rows[:8]].view(4, 2), labels[rows[8:]].view(4, 3)
-        assert len(set(support[:, 0].tolist())) == 4  # classes
         assert (support == support[:, :1]).all() and (query == support[:, :1]).all()
+        assert len(support.unique()) == 4
         assert told.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert asked == {"flip+autoaugment"} and {group["lr"] for group in spy.steps} == {0.001}
     assert drawn[10:20] == drawn[20:] and len({tuple(rows) for rows in drawn}) == 20
@@ -387,7 +371,9 @@ def test_every_option_that_changes_training_changes_name_and_checkpoint(script):
     assert defaults.keys() - NEUTRAL == options.keys()
     assert [defaults[name] for name in options] == [default for default, _ in options.values()]
     commands = ["", *filter(None, (words for _, words in options.values()))]
-    assert len({name_of(script, words) for words in commands}) == len(commands)
+    assert len({script.run_name(script.parse_arguments(words.split())) for words in commands}) == len(
+        commands
+    )
     commands[commands.index("--amp off")] = "--lr 1 --amp bf16"  # the default may be either
     commands.append("--lr 1 --amp off")
     assert len({checkpoint_settings(script, words) for words in commands}) == len(commands)
