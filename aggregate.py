@@ -42,7 +42,7 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 Line = collections.namedtuple("Line", "script settings given")
 
 # Recorded with a run, but irrelevant to what was trained
-NO_SETTING = set(runs.NEUTRAL) - {"amp"}
+NO_SETTING = set(runs.NEUTRAL) - {"amp", "data", "classes"}
 # Settings that tables compare: a result that differs from a line of the study in one of these is a different run. One
 # that differs in another setting (data, epochs, fraction) goes into a separate table
 STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule", "label_smoothing",
@@ -320,7 +320,6 @@ def understand(path):
         "data set": content["data"]["name"],
         "data fingerprint": content["data"]["fingerprint"],
         "dtype": environment["dtype"],
-        "number of processes": environment["processes"],
         "major version of torch": environment["torch"].split(".")[0],
     }
     common = {what: str(value) for what, value in common.items()}

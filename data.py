@@ -8,6 +8,7 @@ A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `lab
 
 import collections
 import contextlib
+import csv
 import hashlib
 import http.client
 import io
@@ -65,6 +66,7 @@ class Split(NamedTuple):
 
 class Dataset(NamedTuple):
     name: str
+    only: str | None  # the selected classes, as in `spec`; None if all
     classes: tuple  # of str, in label order
     train: Split
     valid: Split
@@ -92,7 +94,7 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     elif data == "cifar10":
         dataset = _load_cached(root, data, data, "torchvision", lambda: _cifar10(root))
     elif data and Path(data).is_dir():
-        dataset = _load_folder(Path(data), root, key(data), Path(data).resolve().name)
+        dataset = _load_folder(Path(data), root, key(data), key(data))
     else:
         raise ValueError(f"--data {data}: not a folder, and not one of {', '.join(NAMES)}")
     if classes:
@@ -112,15 +114,15 @@ def to_device(split, device):
     return Split(split.images.to(device), split.labels.to(device))
 
 
-def batches(split, dataset, device, plan, streams=((),), key=()):
+def batches(split, dataset, device, plan, streams=((),), seeds=()):
     """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised; int64 (B,).
 
-    plan: (order, sizes) from `plan` for len(streams) * N images. streams: lists of functions (uint8 images,
-    generator) -> uint8 images; every image passes through each stream once. key: (seed, epoch), on which
+    plan: (order, sizes) from `make_plan` for len(streams) * N images. streams: lists of functions (uint8 images,
+    generator) -> uint8 images; every image passes through each stream once. seeds: (seed, epoch), on which
     augmentation depends. dataset: provides the mean and std for normalisation.
     """
     order, sizes = plan
-    chunks = _chunks(split, order, dataset, device, streams, key)
+    chunks = _chunks(split, order, dataset, device, streams, seeds)
     images = labels = ()  # of the chunks so far, what has not been yielded
     for size in sizes:
         while len(labels) < size:
@@ -130,21 +132,21 @@ def batches(split, dataset, device, plan, streams=((),), key=()):
         images, labels = images[size:], labels[size:]
 
 
-def _chunks(split, order, dataset, device, streams, key):
+def _chunks(split, order, dataset, device, streams, seeds):
     """Yield (images, labels) for CHUNK entries of `order` at a time, augmented and normalised.
 
-    Random numbers are drawn on the CPU and depend only on key and chunk, not on batch size or device.
+    Random numbers are drawn on the CPU and depend only on seeds and chunk, not on batch size or device.
     """
     count = len(split.labels)
     chunks = upload(order % count, split.images.device).split(CHUNK)
     for number, (rows, passes) in enumerate(zip(chunks, (order // count).split(CHUNK), strict=True)):
         images, labels = (upload(tensor.index_select(0, rows), device) for tensor in split)
         if any(streams):
-            images = _augment(images, passes, streams, seed_from(*key, number))
+            images = _augment(images, passes, streams, seed_from(*seeds, number))
         yield normalise(images, dataset), labels
 
 
-def plan(total, batch_size, seed=None, epoch=0, steps=None):
+def make_plan(total, batch_size, seed=None, epoch=0, steps=None):
     """An epoch's order, int64 (N,), and its batch sizes, a list. Depends only on seed and epoch.
 
     seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed; needs
@@ -154,8 +156,8 @@ def plan(total, batch_size, seed=None, epoch=0, steps=None):
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     if seed is None:
         return torch.arange(total), sizes
-    if len(sizes) > 1 and sizes[-1] < 2 * runs.world_size():
-        # Batch norm cannot train on one 1x1 map: merge a last batch of fewer than two images per process
+    if len(sizes) > 1 and sizes[-1] == 1:
+        # Batch norm cannot train on one 1x1 map: merge a last batch of one image
         sizes[-2:] = [sum(sizes[-2:])]
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     passes = [torch.randperm(total, generator=generator) for _ in range(0, count, total)]
@@ -210,6 +212,13 @@ def named(args):
 # Subsets
 
 
+def spec(names):
+    """Class names as a --classes value: sorted, one CSV row."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow(sorted(names))
+    return row.getvalue()
+
+
 def class_names(spec):
     """The class names in a --classes value: a group's, or a comma-separated list."""
     return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
@@ -226,8 +235,8 @@ def check_classes(dataset, option, spec):
     return names
 
 
-def _select_classes(dataset, spec):
-    names = check_classes(dataset, f"--classes {spec}", spec)
+def _select_classes(dataset, text):
+    names = check_classes(dataset, f"--classes {text}", text)
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
     renumbered = torch.full((len(dataset.classes),), -1)
     renumbered[kept] = torch.arange(len(kept))
@@ -237,6 +246,7 @@ def _select_classes(dataset, spec):
         return Split(split.images[rows], renumbered[split.labels[rows]])
 
     return dataset._replace(
+        only=None if len(kept) == len(dataset.classes) else spec(dataset.classes[label] for label in kept),
         classes=tuple(dataset.classes[label] for label in kept),
         **{name: part(getattr(dataset, name)) for name in SPLITS},
     )
@@ -325,7 +335,7 @@ def _open_cache(folder, name):
         meta = json.loads((folder / "meta.json").read_text())
         fields = {field: meta[field] for field in ("mean", "std", "fingerprint")}
         if meta["version"] == CACHE_VERSION:
-            return Dataset(name, tuple(meta["classes"]), *_open_splits(folder), **fields, cache=folder)
+            return Dataset(name, None, tuple(meta["classes"]), *_open_splits(folder), **fields, cache=folder)
     except (OSError, ValueError, EOFError, LookupError, TypeError):  # from numpy, json or a missing field
         pass
 
@@ -635,7 +645,9 @@ def synthetic(counts=(2000, 500, 1000)):
         labels = torch.arange(count) % len(CLASSES)
         splits.append(Split(_draw(labels, generator), labels))
     mean, std = _mean_and_std(splits[0].images)
-    return Dataset("synthetic", CLASSES, *splits, mean, std, cache=None, fingerprint=_fingerprint(splits))
+    return Dataset(
+        "synthetic", None, CLASSES, *splits, mean, std, cache=None, fingerprint=_fingerprint(splits)
+    )
 
 
 def _draw(labels, generator):

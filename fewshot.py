@@ -248,16 +248,16 @@ def parse_arguments(argv=None):
     return args
 
 
-def run_name(args):
+def run_name(args, data, only=None):
+    settings = {**vars(args), "data": data, "classes": only}
     defaults = vars(make_parser().parse_args([]))
     defaults |= {"fraction": args.fraction, "query": default_query(args.fraction)}
-    return runs.run_name(("fewshot", f"p{args.fraction!r}"), data.named(args), defaults)
+    return runs.run_name(("fewshot", f"p{args.fraction!r}"), settings, defaults)
 
 
 def main():
-    args = parse_arguments()
-    name = run_name(args)
-    train.print_results(name, runs.run_seeds(args, name, train.load, train_embedding))
+    folder, results = runs.run_seeds(parse_arguments(), run_name, train.load, train_embedding)
+    train.print_results(folder.name, results)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ on all classes (the base), one on vehicles, one on animals; two more bases with 
 Those that `train.py` left in --out are reused, others trained first: five for seed 1, nine for seeds 1 2 3.
 """
 
-from pathlib import Path
-
 import torch
 from tabulate import tabulate
 from torch.nn import functional as F
@@ -45,9 +43,8 @@ def expert(args, seed, classes=None):
     settings, shared = train.make_parser().parse_args([]), {name: getattr(args, name) for name in SHARED}
     vars(settings).update(shared, **EXPERT, seed=[seed], classes=classes)
     train.check_arguments(settings)
-    name = train.run_name(settings)
-    runs.run_seeds(settings, name, train.load, train.train)
-    return models.load(Path(args.out) / name / f"seed{seed}.pt").requires_grad_(False)
+    folder, _ = runs.run_seeds(settings, train.run_name, train.load, train.train)
+    return models.load(folder / f"seed{seed}.pt").requires_grad_(False)
 
 
 @torch.no_grad()
@@ -92,10 +89,10 @@ def train_gate(run):
     count = len(dataset.train.labels)
 
     def train_batches(epoch):
-        return feature_batches(seen["train"], data.plan(count, args.batch_size, run.seed, epoch), device)
+        return feature_batches(seen["train"], data.make_plan(count, args.batch_size, run.seed, epoch), device)
 
     def batches(name):
-        return feature_batches(seen[name], data.plan(len(seen[name].labels), BATCH), device)
+        return feature_batches(seen[name], data.make_plan(len(seen[name].labels), BATCH), device)
 
     steps = [-(-count // args.batch_size)] * args.epochs
     history = train.fit(run, model, classes, steps, train_batches, lambda: batches("valid"))
@@ -191,14 +188,14 @@ def parse_arguments(argv=None):
     return args
 
 
-def run_name(args):
-    return runs.run_name(("moe",), data.named(args), vars(make_parser().parse_args([])))
+def run_name(args, data, only=None):
+    settings = {**vars(args), "data": data, "classes": only}
+    return runs.run_name(("moe",), settings, vars(make_parser().parse_args([])))
 
 
 def main():
-    args = parse_arguments()
-    name = run_name(args)
-    train.print_results(name, runs.run_seeds(args, name, load, train_gate))
+    folder, results = runs.run_seeds(parse_arguments(), run_name, load, train_gate)
+    train.print_results(folder.name, results)
 
 
 if __name__ == "__main__":

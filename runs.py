@@ -1,4 +1,4 @@
-"""What all runs share: errors, signals, files, devices, processes, checkpoints, results, seeds.
+"""What all runs share: errors, signals, files, devices, checkpoints, results, seeds.
 
 Every script passes its `main` to `command_line` and its training function to `run_seeds`:
 
@@ -11,13 +11,14 @@ Every script passes its `main` to `command_line` and its training function to `r
 
 import argparse
 import contextlib
-import datetime
-import io
+import difflib
+import hashlib
 import json
 import math
 import os
 import pickle
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -26,7 +27,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import distributed as dist
 
 try:
     import fcntl
@@ -35,47 +35,44 @@ except ImportError:  # Windows has no file locks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 KEPT = "finished work is kept; run the same command to continue"
+# The files that train every run, besides its own script
+CODE = ("augment.py", "data.py", "models.py", "runs.py", "train.py")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-# In error messages of torch and, the last, of oneDNN
-NO_MEMORY = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED", "create a primitive")
-
-# Arguments that may change when a run resumes (device type, dtype and processes are compared instead)
-NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "tta")
+# Arguments that are no part of what a run is. `amp` is compared as dtype; the data set's fingerprint and classes
+# stand for `data` and `classes`, which can be spelled in several ways
+NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "data", "classes")
 
 # In a run's name, settings that differ from their defaults appear in this order, as tag and value
 TAGS = {
-    "data": "", "classes": "only-", "fraction": "p", "epochs": "epochs", "batch_size": "batch", "steps_per_epoch": "steps",
-    "lr": "lr", "optimizer": "", "momentum": "momentum", "weight_decay": "wd", "dropout": "dropout",
-    "pretrained": "pretrained", "stem": "stem-", "schedule": "", "label_smoothing": "smooth", "amp": "amp-",
-    "compile": "compiled", "way": "way", "shot": "shot", "query": "query", "episodes": "episodes",
-    "animals": "animals-", "train_adapters": "adapters", "adapter_width": "width",
+    "data": "", "classes": "only-", "fraction": "p", "epochs": "epochs", "batch_size": "batch",
+    "steps_per_epoch": "steps", "lr": "lr", "optimizer": "", "momentum": "momentum", "weight_decay": "wd",
+    "dropout": "dropout", "pretrained": "pretrained", "stem": "stem-", "schedule": "", "label_smoothing": "smooth",
+    "amp": "amp-", "way": "way", "shot": "shot", "query": "query", "episodes": "episodes",
+    "experts": "experts-", "animals": "animals-", "train_adapters": "adapters", "adapter_width": "width",
 }  # fmt: skip
 
 
 # Command line
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived."""
-
-
 def command_line(main):
     """Run a script's main. Errors become one line on standard error, with exit status 2 for invalid arguments
     (ValueError), 1 for other expected ones, 130 for SIGINT, 143 for SIGTERM. TRACEBACK=1 shows tracebacks."""
-    name = Path(sys.argv[0]).name
+    name, status = Path(sys.argv[0]).name, 0
 
     def stop(signum, _):
-        raise Stopped(signum)
+        raise KeyboardInterrupt(signum)
 
-    for signum in SIGNALS:
-        signal.signal(signum, stop)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    status = 0
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the caller
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, stream), "reconfigure"):  # not a notebook's; encodings lack characters
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
+    before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
     try:
         main()
         sys.stdout.flush()
-    except Stopped as stopped:
+    except KeyboardInterrupt as stopped:
         for signum in SIGNALS:
             signal.signal(signum, signal.SIG_IGN)
         signal_name = signal.Signals(stopped.args[0]).name
@@ -92,10 +89,8 @@ def command_line(main):
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{name}: error: {text}", file=sys.stderr)
         status = 2 if isinstance(error, ValueError) else 1
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # DistributedDataParallel leaves gloo's threads behind, even after destroy_process_group, and they can
-        # abort the interpreter's exit with SIGABRT
-        os._exit(status)
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
     if status:
         sys.exit(status)
 
@@ -106,7 +101,15 @@ def new_parser(doc):
     parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
 
     def error(message):
-        hint = ": the option is --seed" if "--seeds" in message else " (--help lists all options)"
+        hint = " (--help lists all options)"
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        wrong = next((word.split("=")[0] for word in words.split() if word.startswith("--")), None)
+        if wrong:
+            options = [option for option in parser._option_string_actions if option.startswith("--")]
+            nearest = difflib.get_close_matches(wrong, options, 1, 0.5)
+            hint = f": did you mean {nearest[0]}?" if nearest else hint
+        elif unknown:
+            hint = ": several values are written as in --seed 1 2 3, --aug flip+crop, --classes cat,dog"
         raise ValueError(message + hint)
 
     parser.error = error
@@ -124,7 +127,8 @@ def number(kind, low, high=math.inf, including=()):
         what = "an integer" if kind is int else "a number"
         bounds = f"{'at least' if low in including else 'above'} {low}"
         bounds += f" and {'up to' if high in including else 'below'} {high}" if high < math.inf else ""
-        raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}")
+        hint = ": several are written 1 2 3" if re.fullmatch(r"\d+([-,;:]\d+)+", text) else ""
+        raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}{hint}")
 
     return parse
 
@@ -140,24 +144,38 @@ def add_arguments(parser):
         help="compute dtype; auto: bf16 on a GPU or CPU that supports it, else fp16 with a gradient scaler "
         "on a CUDA GPU, and float32 elsewhere; off: float32, without TF32")  # fmt: skip
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
-    add("--out", default="results", help="folder for results (default: %(default)s)")
+    add("--out", type=os.path.expanduser, default="results", help="folder for results (default: %(default)s)")
     add("--checkpoint-every", type=number(float, 0, including=(0,)), default=20.0, metavar="S",
         help="minimum seconds between checkpoints, saved after an epoch (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="run again even if a result exists")
 
 
 def run_name(first, settings, defaults):
-    """A run's folder name: `first` (architecture, augmentation), then each setting that is not its default.
+    """A run's folder name: `first`, such as its architecture, then each setting that is not its default.
 
-    settings, defaults: {name: value}; names without a tag in TAGS are omitted.
+    settings, defaults: {name: value}; settings["data"] is the data set's name. Raises LookupError for a setting
+    that is neither in TAGS nor in NEUTRAL, since two different runs would share a folder.
     """
-    parts = list(first)
+    parts, known = list(first), {*TAGS, *NEUTRAL, "arch", "aug"}
+    for name in settings:
+        if name not in known:
+            raise LookupError(f"--{name.replace('_', '-')}: add it to TAGS in runs.py, or to NEUTRAL")
     for name, tag in TAGS.items():
         value = settings.get(name)
-        if value != defaults.get(name):
-            value = value.replace(",", "+") if isinstance(value, str) else repr(value)
-            parts.append(tag if settings[name] is True else f"{tag}{value}")
+        if value is True:
+            parts.append(tag)
+        elif value != defaults.get(name):
+            parts.append(value if name == "data" else tag + readable(value))
     return "-".join(parts)
+
+
+def readable(value):
+    """A setting's value as part of a file name: short, safe and different for different values."""
+    text = value if isinstance(value, str) else "\0".join(value) if isinstance(value, list) else repr(value)
+    safe = re.sub(r"[^\w.+-]", "_", text.replace(",", "+"), flags=re.ASCII)
+    if len(safe) <= 60 and not re.search("[^A-Za-z0-9.,\0-]", text):
+        return safe
+    return f"{safe[:50]}-{hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def progress(items, what, total, count=lambda item: 1):
@@ -182,21 +200,21 @@ def progress(items, what, total, count=lambda item: 1):
 
 def write_atomically(path, content):
     """Write a dictionary, as JSON to a .json file, otherwise with torch.save. An interruption leaves the old
-    file or none, never a partial one."""
-    temporary, buffer = path.with_name(f".{path.name}-{os.getpid()}"), io.BytesIO()
-    if path.suffix == ".json":
-        buffer.write(json.dumps(content, indent=1).encode())
-    else:
-        torch.save(content, buffer)
+    file or none, never a partial one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(buffer.getvalue())
+            if path.suffix == ".json":
+                file.write(json.dumps(content, indent=1).encode())
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written ({error.strerror}): {KEPT}") from error
+    except (OSError, RuntimeError) as error:  # torch.save's own RuntimeError hides a full disk's OSError
+        reason = getattr(error.__context__ or error, "strerror", error)
+        raise OSError(f"{path} cannot be written ({reason}): {KEPT}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -204,31 +222,19 @@ def write_atomically(path, content):
 
 @contextlib.contextmanager
 def exclusive(path):
-    """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file.
-
-    Works in shared folders whose file system supports locks. Without locks no process waits: work may be
-    duplicated, but nothing is damaged, since files are written atomically.
-    """
+    """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file. Where the
+    file system has no locks, work may be done twice, but nothing is damaged: files are written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    while fcntl:
-        lock = open(path, "a")  # noqa: SIM115 (held open to the end)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for the process holding {path}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            pass
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
-        lock.close()  # the previous owner has removed the file
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    with open(path, "a") as lock:  # never removed: somebody may be waiting for it
         if fcntl:
-            lock.close()
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for the process holding {path}", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # no locks here
+                pass
+        yield
 
 
 # Devices
@@ -243,14 +249,6 @@ def use_device(name):
     kind, _, index = name.partition(":")
     if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
         raise ValueError(f"--device {name}: not available on this machine; use auto or cpu")
-    if kind == "mps" and world_size() > 1:
-        raise ValueError(f"--device {name}: torchrun does not support it; use --device cpu")
-    if kind == "cuda" and world_size() > 1:
-        if index:
-            raise ValueError(f"--device {name}: torchrun gives each process its own GPU; use --device cuda")
-        index = os.environ["LOCAL_RANK"]
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > gpus:
-            raise ValueError(f"torchrun started more processes than the {gpus} GPUs available: use fewer")
     if kind == "cuda":  # streams and graphs belong to the current device
         torch.cuda.set_device(int(index or 0))
     return torch.device(kind, int(index)) if index else torch.device(kind)
@@ -284,140 +282,98 @@ def make_repeatable():
     torch.backends.cudnn.allow_tf32 = False
 
 
-# Several processes: torchrun --standalone --nproc_per_node=2 train.py ... No effect on a single process.
-
-
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-@contextlib.contextmanager
-def processes(args):
-    """Join the processes that torchrun started; only rank 0 prints. Raises RuntimeError if one is lost."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield
-        return
-    if args.batch_size < 2 * world:
-        raise ValueError(f"--batch-size {args.batch_size}: each of {world} processes needs two images")
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    # Rank 0 may wait for another run's lock for hours; if a process dies, torchrun ends the others
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) if rank() else contextlib.nullcontext():
-            yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise RuntimeError(f"another process of this run was lost: {KEPT}") from error
-        raise
-    finally:
-        dist.destroy_process_group()
-
-
-def distribute(model):
-    """The model with gradients averaged over processes and, on CUDA, batch norm over the whole batch (PyTorch
-    has no SyncBatchNorm for CPUs)."""
-    if world_size() == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model)
-
-
-def share(batches):
-    """Yield (inputs, labels, weight) for this process's part of each batch. The mean loss times weight,
-    averaged over processes, is the mean over the whole batch."""
-    world = world_size()
-    for inputs, labels in batches:
-        parts = [tensor.tensor_split(world)[rank()] for tensor in (inputs, labels)]
-        if len(parts[1]):
-            yield *parts, len(parts[1]) * world / len(labels)
-
-
-def broadcast_buffers(model):
-    """Broadcast rank 0's BatchNorm buffers."""
-    if world_size() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def on_rank0(function, *arguments):
-    """Call function(*arguments) on rank 0 only; return its value on every rank."""
-    returned = [function(*arguments) if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(returned)
-    return returned[0]
-
-
 # Checkpoint and result
 
 
 class Run:
     """One seed of a run: arguments, seed, data set, device, compute dtype, and its result and checkpoint."""
 
-    def __init__(self, args, seed, dataset, device, path):
+    def __init__(self, args, seed, dataset, device, path, code=None):
         self.args, self.seed, self.dataset, self.device = args, seed, dataset, device
         self.dtype = compute_dtype(args, device)
-        self.path = path  # the result file, results/<run>/seed<k>.json
-        self.checkpoint = path.with_suffix(".ckpt")
+        self.path, self.checkpoint = path, path.with_suffix(".ckpt")  # path: results/<run>/seed<k>.json
+        self.code = code  # from code_hash
         self.saved = time.monotonic()
-        self.settings = {key: value for key, value in vars(args).items() if key not in NEUTRAL}
-        self.settings |= {"seed": seed, "fingerprint": dataset.fingerprint}
-        self.settings |= {"device": device.type, "dtype": str(self.dtype), "processes": world_size()}
+        data = {"fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
+        self.settings = identity({**vars(args), "seed": seed}, data)
+        self.settings |= {
+            "device": device.type,
+            "dtype": str(self.dtype),
+        }  # compared with a checkpoint's only
 
     def save(self, stateful, history):
         """Save a checkpoint, unless the last is less than args.checkpoint_every seconds old.
 
         stateful: {name: object with state_dict()}; history: a JSON-serializable list.
         """
-        if rank() or time.monotonic() - self.saved < self.args.checkpoint_every:
+        if time.monotonic() - self.saved < self.args.checkpoint_every:
             return
         states = {name: thing.state_dict() for name, thing in stateful.items()}
-        write_atomically(self.checkpoint, {"settings": self.settings, "history": history, "states": states})
+        content = {"settings": self.settings, "code": self.code, "history": history, "states": states}
+        write_atomically(self.checkpoint, content)
         self.saved = time.monotonic()
 
     def restore(self, stateful):
         """Load the states of this run's checkpoint and return its history, or [] if none matches."""
-        content = on_rank0(lambda: self.checkpoint.read_bytes() if self.checkpoint.exists() else b"")
-        if not content:
+        if not self.checkpoint.exists():
             return []
         try:
-            saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            saved = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             settings, history, states = (saved[name] for name in ("settings", "history", "states"))
         except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError):
             print(f"{self.checkpoint} is damaged: restarting from scratch")
             return []
-        every = sorted(self.settings.keys() | settings.keys())
-        changed = [key for key in every if self.settings.get(key) != settings.get(key)]
-        if changed:
+        if changed := differences(self.settings, settings):
             print(f"{self.checkpoint}: different settings ({', '.join(changed)}); restarting from scratch")
             return []
         for name, thing in stateful.items():
-            thing.load_state_dict(states[name])
-        print(f"resuming after epoch {len(history)} ({self.checkpoint})")
+            try:
+                thing.load_state_dict(states[name])
+            except (RuntimeError, ValueError, LookupError) as error:
+                text = f"{self.checkpoint} does not fit this code's {name}: --force starts from scratch"
+                raise RuntimeError(text) from error
+        other = "" if saved.get("code") == self.code else ", which other code saved"
+        print(f"resuming after epoch {len(history)} ({self.checkpoint}{other})")
         return history
 
 
-def finished(path, dataset):
-    """The result at `path`, or None. A damaged one, or one from different images, is reported and ignored."""
+def identity(config, data):
+    """What makes a run this run: its settings and seed, and the images and classes of its data set."""
+    settings = {key: value for key, value in config.items() if key not in NEUTRAL}
+    return settings | {key: data[key] for key in ("fingerprint", "classes")} | {"seed": config["seed"]}
+
+
+def differences(settings, others):
+    """The settings that differ, as `lr 0.002, not 0.001`. A setting that only one has is ignored: an option that
+    came later has its default in both, since another value changes the run's name."""
+    both = sorted(settings.keys() & others.keys())
+    return [f"{key} {settings[key]}, not {others[key]}" for key in both if settings[key] != others[key]]
+
+
+def finished(path, settings):
+    """The result at `path`, or None. A damaged one is reported and ignored. settings: from `identity`. Raises
+    RuntimeError for a result with other settings, which is never replaced."""
     if not path.exists():
         return None
     try:
         result = json.loads(path.read_bytes())
-        complete = result["version"] == 1 and result["test"] and result["history"]
-        if complete and result["data"]["fingerprint"] == dataset.fingerprint:
-            return result
-    except (ValueError, LookupError, TypeError, RecursionError):
-        complete = False
-    reason = "is damaged or not a result file"
-    if complete:
-        reason = f"comes from different images ({dataset.name} has changed)"
-    print(f"{path} {reason}: running again")
-    return None
+        if not (result["version"] == 1 and result["test"] and result["history"]):
+            raise ValueError
+        theirs = identity(result["config"], result["data"])
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        print(f"{path} is damaged or not a result file: running again")
+        return None
+    if changed := differences(settings, theirs):
+        raise RuntimeError(f"{path} has other settings (now {'; '.join(changed)}): --force replaces it")
+    return result
+
+
+def code_hash(script):
+    """8 hexadecimal digits of the SHA-256 of the files that train every run, and of the script."""
+    digest = hashlib.sha256()
+    for path in [Path(__file__).with_name(name) for name in CODE] + [Path(script)]:
+        digest.update(path.read_bytes() if path.is_file() else b"")  # a notebook's cell is no file
+    return digest.hexdigest()[:8]
 
 
 def environment(run):
@@ -427,72 +383,64 @@ def environment(run):
         commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
+    device = (
+        f"{run.device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
+    )
     if run.device.type == "cuda":
         device = torch.cuda.get_device_name(run.device)
-    else:
-        device = f"{run.device.type} ({processor()}, {torch.get_num_threads()} threads)"
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": metadata.version("torchvision"),
         "device": device,
         "commit": commit,
+        "code": run.code,
         "dtype": str(run.dtype).removeprefix("torch."),
-        "processes": world_size(),
     }
-
-
-def processor():
-    """The CPU's model name, which `platform` knows on few systems."""
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return platform.processor() or platform.machine()
 
 
 # Seeds
 
 
-def run_seeds(args, name, load, train):
-    """Run the seeds that have no result yet, in sequence. Returns {seed: result}.
+def run_seeds(args, name_run, load, train):
+    """Run the seeds that have no result yet, in sequence. Returns the run's folder and {seed: result}.
 
-    load(args, device) returns the data set; train(run) the contents of seed<k>.pt and part of seed<k>.json.
+    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, data set's name, selected
+    classes) the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) != world_size():
-        raise ValueError("only train.py supports torchrun: start this script directly, one process per GPU")
     device = use_device(args.device)
     compute_dtype(args, device)  # raises before the data set is loaded
     make_repeatable()
-    dataset, results = load(args, device), {}
-    for seed in args.seed:
-        path = Path(args.out) / name / f"seed{seed}.json"
-        result = None if args.force else on_rank0(finished, path, dataset)
-        if result:  # found without the lock, which a read-only folder would refuse
-            print(f"{name} seed {seed}: skipped, its result exists ({path}); --force runs it again")
-        else:
-            with exclusive(path.with_suffix(".lock")) if rank() == 0 else contextlib.nullcontext():
-                result = None if args.force else on_rank0(finished, path, dataset)  # by another process
-                if not result:
-                    print(f"\n{name} seed {seed} on {device} -> {path}", flush=True)
-                    result = run_seed(Run(args, seed, dataset, device, path), train)
-        results[seed] = result
-    return results
+    dataset, code, results = load(args, device), code_hash(train.__code__.co_filename), {}
+    folder = Path(args.out) / name_run(args, dataset.name, dataset.only)
+    for number, seed in enumerate(args.seed, start=1):
+        run = Run(args, seed, dataset, device, folder / f"seed{seed}.json", code)
+        results[seed] = None if args.force else finished(run.path, run.settings)
+        if result := results[seed]:
+            other = "" if result["environment"].get("code") == code else ", made by other code"
+            exists = f"skipped, its result exists ({run.path}{other})"
+            print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
+            continue
+        with exclusive(Path(args.out) / ".locks" / f"{folder.name}-seed{seed}"):
+            several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
+            print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
+            result = None if args.force else finished(run.path, run.settings)  # by another process
+            results[seed] = result or run_seed(run, train)
+    return folder, results
 
 
 def run_seed(run, train):
     """Train and test one seed; write and return the result."""
     if run.args.force:
-        on_rank0(lambda: run.checkpoint.unlink(missing_ok=True))
+        run.checkpoint.unlink(missing_ok=True)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
     try:
         weights, outcome = train(run)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
-            raise
-        sizes = [name for name in ("batch_size", "way", "shot", "query") if name in vars(run.args)]
-        sizes = " ".join(f"--{name.replace('_', '-')} {getattr(run.args, name)}" for name in sizes)
-        raise RuntimeError(f"out of memory on {run.device} with {sizes}: lower it; {KEPT}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            run.path.parent.rmdir()  # if it is empty, such as after a failure before the first checkpoint
     if not math.isfinite(outcome["test"]["loss"]):
         raise RuntimeError(f"the test loss is {outcome['test']['loss']}: lower --lr, or use --amp off")
     peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
@@ -501,18 +449,14 @@ def run_seed(run, train):
     splits = {split: len(getattr(dataset, split).labels) for split in ("train", "valid", "test")}
     result = {
         "version": 1,
-        "config": {**vars(run.args), "seed": run.seed},
+        "config": {**vars(run.args), "seed": run.seed, "classes": dataset.only},
         "data": {"name": dataset.name, **shared, **splits, "fingerprint": dataset.fingerprint},
         "environment": environment(run),
         **outcome,
         "seconds": sum(entry["seconds"] for entry in outcome["history"]),
         "peak_memory_bytes": peak,  # of a CUDA GPU
     }
-
-    def write():
-        write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})
-        write_atomically(run.path, result)
-        run.checkpoint.unlink(missing_ok=True)
-
-    on_rank0(write)  # the others wait, since they may read the weights next
+    write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})
+    write_atomically(run.path, result)
+    run.checkpoint.unlink(missing_ok=True)
     return result

@@ -54,14 +54,14 @@ regular,beyond-fewshot              custom    --aug flip+autoaugment --fraction 
 samples                             augment
 beyond                              custom    --aug none
 beyond                              custom    --schedule onecycle --aug none|flip+translate
-beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip
-beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
+beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1
+beyond                              custom    --schedule onecycle --aug flip+translate --label-smoothing 0.1 --epochs 30
 beyond                              resnet18  --aug none
 beyond                              resnet18  --schedule onecycle --aug none
 beyond                              resnet18  --schedule onecycle --stem small --aug none|flip+translate
-beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip
-beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30
-beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --tta flip --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
+beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1
+beyond                              resnet18|densenet121|efficientnet_b0  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --epochs 30
+beyond                              resnet18  --schedule onecycle --stem small --aug flip+translate --label-smoothing 0.1 --epochs 30 --optimizer sgd --momentum 0.9 --lr 0.05 --weight-decay 0.0005
 beyond-fewshot                      custom    --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300 --fraction 0.001|0.002|0.005|0.01|0.02|0.05|0.1
 beyond-moe                          custom    --aug hybrid --dropout 0.2 --classes animals
 beyond-moe                          moe       --train-adapters --adapter-width 512 --animals all

@@ -4,24 +4,19 @@
     python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, downloaded at the first run
     python train.py --data path/to/folder --arch custom --seed 1 2 3
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
-    torchrun --standalone --nproc_per_node=2 train.py --arch resnet18    # one network on two GPUs
 
-Defaults reproduce the slides' recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished
-runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network,
-models.ARCHITECTURES; an augmentation, augment.AUGMENTATIONS; a table row, the table in study.py.
+Defaults reproduce the study's recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished runs are
+skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network, models.ARCHITECTURES; an
+augmentation, augment.AUGMENTATIONS.
 """
 
 import functools
 import math
-import os
-import shutil
 import time
-from pathlib import Path
 from statistics import fmean, stdev
 
 import tabulate
 import torch
-from torch import distributed as dist
 from torch.nn import functional as F
 
 import augment
@@ -29,7 +24,8 @@ import data
 import models
 import runs
 
-OPTIMIZERS = {  # constructors that take lr and weight_decay
+# Each takes parameters of any shape, lr and weight_decay, and its step() needs no closure
+OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "adamax": torch.optim.Adamax,
     "adagrad": torch.optim.Adagrad,
@@ -97,10 +93,7 @@ class Totals:
         self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
 
     def metrics(self):
-        """METRICS over all processes; call it once. Synchronizes with the device."""
-        if dist.is_initialized():
-            dist.all_reduce(self.loss)
-            dist.all_reduce(self.confusion)
+        """METRICS; call it once, since it synchronizes with the device."""
         return metrics(self.confusion, self.loss.item() / self.confusion.sum().item())
 
 
@@ -122,7 +115,10 @@ def make_optimizer(parameters, args, device):
         options["fused"] = True
         if device.type == "cuda" and args.optimizer != "sgd":  # sgd has no step count to capture
             options["capturable"] = True
-    optimizer = OPTIMIZERS[args.optimizer](parameters, **options)
+    try:
+        optimizer = OPTIMIZERS[args.optimizer](parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"OPTIMIZERS in train.py, {args.optimizer}: {error}") from error
     if args.optimizer == "sgd" and args.momentum:
         # Otherwise fused SGD allocates the buffers uninitialized, and keeps them so if fp16 overflows in the
         # first step
@@ -160,15 +156,15 @@ def mixed_precision(run):
 
 
 def is_capturable(args, device):
-    """Whether the training step can be captured in a CUDA graph by a single process."""
+    """Whether the training step can be captured in a CUDA graph."""
     return device.type == "cuda" and args.optimizer in FUSED
 
 
 class CapturedStep:
-    """step(inputs, labels, weight) as a CUDA graph: captured once, then replayed by one launch, not hundreds.
+    """step(inputs, labels) as a CUDA graph: captured once, then replayed by one launch, not hundreds.
 
     Batches of a different size than the first run `step` eagerly, as do the first three of that size: PyTorch
-    requires a warm-up on a side stream. Tensors that `step` changes must stay in place, `weight` constant.
+    requires a warm-up on a side stream. Tensors that `step` changes must stay in place.
     """
 
     WARM_UP = 3
@@ -176,38 +172,37 @@ class CapturedStep:
     def __init__(self, step):
         self.step, self.graph, self.calls = step, None, 0
 
-    def __call__(self, inputs, labels, weight):
+    def __call__(self, inputs, labels):
         if self.calls == 0:
             self.inputs, self.labels = inputs.clone(), labels.clone()
         if inputs.shape != self.inputs.shape:
-            return self.step(inputs, labels, weight)
+            return self.step(inputs, labels)
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            return self.warm_up(inputs, labels, weight)
+            return self.warm_up(inputs, labels)
         if self.graph is None:
-            self.capture(weight)
+            self.capture()
         self.inputs.copy_(inputs)
         self.labels.copy_(labels)
         self.graph.replay()
 
-    def warm_up(self, inputs, labels, weight):
+    def warm_up(self, inputs, labels):
         current, side = torch.cuda.current_stream(), side_stream(inputs.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
-            self.step(inputs, labels, weight)
+            self.step(inputs, labels)
         current.wait_stream(side)
 
-    def capture(self, weight):
+    def capture(self):
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: another thread may allocate pinned memory meanwhile
             side = side_stream(self.inputs.device)
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-                self.step(self.inputs, self.labels, weight)  # recorded, not executed
+                self.step(self.inputs, self.labels)  # recorded, not executed
         except RuntimeError as error:
-            raise RuntimeError(
-                f"a step cannot be captured ({error}): --no-graph disables CUDA graphs"
-            ) from error
+            remedy = "--no-graph disables CUDA graphs"
+            raise RuntimeError(f"a step cannot be captured ({error}): {remedy}") from error
         self.graph = graph
 
 
@@ -215,21 +210,6 @@ class CapturedStep:
 def side_stream(device):
     """One stream per process, since each stream has its own cuBLAS workspace."""
     return torch.cuda.Stream(device)
-
-
-def compiled(network):
-    """The network compiled for its first batch's size; others, such as a short last batch, run eagerly, since
-    each size is compiled separately. Raises ValueError if there is no compiler."""
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
-        raise ValueError("--compile needs a C++ compiler, and none was found: install g++, or omit --compile")
-    fast, sizes = torch.compile(network, dynamic=False), []
-
-    def forward(inputs):
-        if not sizes:
-            sizes.append(len(inputs))
-        return (fast if len(inputs) == sizes[0] else network)(inputs)
-
-    return forward
 
 
 def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
@@ -242,17 +222,14 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     autocast, scaler = mixed_precision(run)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     history = run.restore(stateful)
-    network, totals = runs.distribute(model), Totals(num_classes, device)
-    if args.compile:
-        network = compiled(network)
-    process = (runs.rank(),) if runs.rank() else ()  # each draws its own dropout
+    totals = Totals(num_classes, device)
 
-    def step(inputs, labels, weight):
+    def step(inputs, labels):
         with autocast:
-            logits = network(inputs)
+            logits = model(inputs)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss * weight).backward()
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         totals.count(logits, labels, loss)
@@ -260,29 +237,29 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
     rate = args.lr
     if is_capturable(args, device) and args.schedule != "none":
         rate = torch.full((), args.lr, device=device)  # for the same bits, also if the step is not captured
-    if is_capturable(args, device) and args.graph and runs.world_size() == 1:
+    if is_capturable(args, device) and args.graph:
         step = CapturedStep(step)
     elif device.type == "cuda":
-        print("CUDA graphs are disabled: they need adam, adamw or sgd, one process, and no --no-graph")
+        print("CUDA graphs are disabled: they need adam, adamw or sgd, and no --no-graph")
     for group in optimizer.param_groups:  # a checkpoint holds the last step's
         group["lr"] = rate
 
     for epoch in range(len(history) + 1, epochs + 1):
-        torch.manual_seed(data.seed_from(run.seed, epoch, "dropout", *process))  # the same in a resumed run
+        torch.manual_seed(data.seed_from(run.seed, epoch, "dropout"))  # the same in a resumed run
         model.train()
         totals.reset()
         started, images = time.monotonic(), 0
-        batches = runs.progress(runs.share(train_batches(epoch)), f"epoch {epoch}/{epochs}", steps[epoch - 1])
-        for number, batch in enumerate(batches, start=sum(steps[: epoch - 1])):
+        what = f"epoch {epoch}/{epochs}{summary(history)}"
+        batches = runs.progress(train_batches(epoch), what, steps[epoch - 1])
+        for number, (inputs, labels) in enumerate(batches, start=sum(steps[: epoch - 1])):
             if args.schedule == "onecycle":
                 set_learning_rate(optimizer, args.lr * one_cycle(number, total_steps))
-            step(*batch)
-            images += len(batch[0]) * runs.world_size()
+            step(inputs, labels)
+            images += len(inputs)
         entry = {"epoch": epoch, "train": totals.metrics()}
         images_per_second = images / (time.monotonic() - started)
         check_finite(entry["train"]["loss"], f"epoch {epoch}")
         if valid_batches:
-            runs.broadcast_buffers(model)
             entry["valid"] = evaluate(run, model, valid_batches(), num_classes).metrics()
             check_finite(entry["valid"]["loss"], f"the validation of epoch {epoch}")
         entry |= {"seconds": time.monotonic() - started, "images_per_second": images_per_second}
@@ -294,14 +271,17 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
 
 
 @torch.no_grad()
-def evaluate(run, model, batches, num_classes):
-    """Totals of a model in eval mode over batches of (images, labels)."""
+def evaluate(run, model, batches, num_classes, mirrored=False):
+    """Totals of a model in eval mode over batches of (images, labels). mirrored: average the logits of each image and
+    its mirror image."""
     autocast, _ = mixed_precision(run)
     totals = Totals(num_classes, run.device)
     model.eval()
-    for images, labels, _ in runs.share(batches):
+    for images, labels in batches:
         with autocast:
             logits = model(images)
+            if mirrored:
+                logits = (logits + model(images.flip(3))) / 2
         totals.count(logits, labels, F.cross_entropy(logits.float(), labels))
     return totals
 
@@ -310,6 +290,15 @@ def check_finite(loss, where):
     """Raise RuntimeError if the loss is NaN or infinite."""
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss became {loss} in {where}: lower --lr, or use --amp off")
+
+
+def summary(history):
+    """The last epoch in a progress line."""
+    if not history:
+        return ""
+    last = history[-1].get("valid") or history[-1]["train"]
+    rate = f"{history[-1]['images_per_second']:,.0f} images/s"
+    return f" (last: loss {last['loss']:.4f}, accuracy {last['accuracy']:.4f}, {rate})"
 
 
 def epoch_line(entry, epochs):
@@ -336,60 +325,36 @@ def train(run):
     print(f"{args.arch}: {describe(model, run)}")
     streams = augment.parse(args.aug, dataset.mean)
     images = len(dataset.train.labels) * len(streams)
-    if images < runs.world_size() and not args.steps_per_epoch:
-        raise ValueError(f"{images} training images are too few for {runs.world_size()} processes")
-    steps = args.steps_per_epoch or math.ceil(images / args.batch_size)
+
+    def make_plan(epoch):
+        return data.make_plan(images, args.batch_size, run.seed, epoch, args.steps_per_epoch)
 
     def train_batches(epoch):
-        order = data.plan(images, args.batch_size, run.seed, epoch, args.steps_per_epoch)
-        return data.batches(dataset.train, dataset, run.device, order, streams, (run.seed, epoch))
+        return data.batches(dataset.train, dataset, run.device, make_plan(epoch), streams, (run.seed, epoch))
 
     def valid_batches():
         return evaluation_batches(run, dataset.valid)
 
-    history = fit(run, model, len(dataset.classes), [steps] * args.epochs, train_batches, valid_batches)
-    totals = evaluate(run, model, evaluation_batches(run, dataset.test), len(dataset.classes))
-    weights = {"arch": args.arch, "stem": args.stem, "state_dict": model.state_dict()}
-    return weights, {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
+    _, sizes = make_plan(1)
+    history = fit(run, model, len(dataset.classes), [len(sizes)] * args.epochs, train_batches, valid_batches)
+    totals, mirrored = (
+        evaluate(run, model, evaluation_batches(run, dataset.test), len(dataset.classes), mirrored)
+        for mirrored in (False, True)
+    )
+    outcome = {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
+    outcome["test_tta"] = mirrored.metrics()  # with mirror images
+    return {"arch": args.arch, "stem": args.stem, "state_dict": model.state_dict()}, outcome
 
 
 def evaluation_batches(run, split):
     """Batches of (images, labels), in order and not augmented."""
     size = EVALUATION_BATCH.get(run.device.type, 512)
-    return data.batches(split, run.dataset, run.device, data.plan(len(split.labels), size))
+    return data.batches(split, run.dataset, run.device, data.make_plan(len(split.labels), size))
 
 
 def describe(model, run):
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"{count:,} trainable parameters, compute dtype {str(run.dtype).removeprefix('torch.')}"
-
-
-def test_mirrored(args, name, results):
-    """Add `test_tta` to results that lack it: test metrics of the saved weights, with logits averaged over
-    each image and its mirror image."""
-    device, dataset = runs.use_device(args.device), None
-    for seed, result in results.items():
-        if "test_tta" not in result:
-            dataset = dataset or data.load(args.data, args.root, args.fraction, args.classes)
-            run = runs.Run(args, seed, dataset, device, Path(args.out) / name / f"seed{seed}.json")
-            model = Mirrored(models.load(run.path.with_suffix(".pt")))
-            model = model.to(device, memory_format=data.memory_format(device))
-            batches = evaluation_batches(run, dataset.test)
-            result["test_tta"] = evaluate(run, model, batches, len(dataset.classes)).metrics()
-            if runs.rank() == 0:
-                runs.write_atomically(run.path, result)
-        print(f"{name} seed {seed}, with mirror images: test accuracy {result['test_tta']['accuracy']:.4f}")
-
-
-class Mirrored(torch.nn.Module):
-    """A network's logits, averaged over each image and its mirror image."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images):
-        return (self.model(images) + self.model(images.flip(3))) / 2
 
 
 def load(args, device):
@@ -401,11 +366,13 @@ def load(args, device):
 
 def print_results(name, results):
     """A row of METRICS for each seed and, for several, their mean and standard deviation (n - 1)."""
-    rows = [[seed, *(f"{result['test'][m]:.4f}" for m in METRICS)] for seed, result in results.items()]
+    columns = {metric: [result["test"][metric] for result in results.values()] for metric in METRICS}
+    if all("test_tta" in result for result in results.values()):
+        columns["accuracy with mirror images"] = [r["test_tta"]["accuracy"] for r in results.values()]
+    rows = [[seed, *(f"{v:.4f}" for v in row)] for seed, *row in zip(results, *columns.values(), strict=True)]
     if len(results) > 1:
-        values = [[result["test"][m] for result in results.values()] for m in METRICS]
-        rows.append(["mean ± std", *(f"{fmean(column):.4f} ± {stdev(column):.4f}" for column in values)])
-    table = tabulate.tabulate(rows, ["seed", *METRICS], disable_numparse=True)
+        rows.append(["mean ± std", *(f"{fmean(v):.4f} ± {stdev(v):.4f}" for v in columns.values())])
+    table = tabulate.tabulate(rows, ["seed", *columns], disable_numparse=True)
     print(f"\n{name}, test split\n{table}")
 
 
@@ -413,19 +380,17 @@ def print_results(name, results):
 
 
 def add_training_arguments(parser):
-    """Optimizer and loss, with the slides' defaults; shared by every script."""
+    """Optimizer and loss, with the study's defaults; shared by every script."""
     group = parser.add_argument_group("optimizer")
-    add, positive, share = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, (0,))
-    add("--lr", type=positive, default=0.001, help="learning rate (default: %(default)s)")
+    add, positive, below_1 = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, (0,))
+    add("--lr", "--learning-rate", type=positive, default=0.001, help="learning rate (default: %(default)s)")
     add("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
-    add("--momentum", type=share, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
+    add("--momentum", type=below_1, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
     add("--weight-decay", type=runs.number(float, 0, including=(0,)), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down "
         "to zero, without weight decay for norms and biases")  # fmt: skip
-    add("--compile", action="store_true", help="compile the network (torch.compile), which takes minutes; "
-        "measure whether it pays off on your machine")  # fmt: skip
-    add("--label-smoothing", type=share, default=0.0, help="label smoothing factor (default: 0)")
+    add("--label-smoothing", type=below_1, default=0.0, help="label smoothing factor (default: 0)")
 
 
 def add_epoch_arguments(parser):
@@ -437,11 +402,9 @@ def add_epoch_arguments(parser):
 
 
 def check_arguments(args):
-    """Raise ValueError for momentum that the optimizer lacks; put --classes into one spelling."""
+    """Raise ValueError for momentum that the optimizer lacks."""
     if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
         raise ValueError(f"--momentum: {args.optimizer} has none, only sgd and rmsprop do")
-    if args.classes and args.classes not in data.GROUPS:
-        args.classes = ",".join(sorted(data.class_names(args.classes)))
 
 
 def make_parser():
@@ -457,8 +420,6 @@ def make_parser():
         "after each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     names = ", ".join(augment.NAMES)
     add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")
-    add("--tta", default="none", choices=("none", "flip"), help="flip: also test with logits averaged over "
-        "each image and its mirror image, without retraining (default: %(default)s)")  # fmt: skip
     group = add_epoch_arguments(parser)
     group.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N",
         help="batches per epoch; a small training set is repeated (default: one pass)")  # fmt: skip
@@ -467,9 +428,10 @@ def make_parser():
     return parser
 
 
-def run_name(args):
-    """The folder name of a run of `train`."""
-    return runs.run_name((args.arch, args.aug), data.named(args), vars(make_parser().parse_args([])))
+def run_name(args, data, only=None):
+    """The folder name of a run of `train`. data: the data set's name; only: the selected classes, None if all."""
+    settings = {**vars(args), "data": data, "classes": only}
+    return runs.run_name((args.arch, args.aug), settings, vars(make_parser().parse_args([])))
 
 
 def parse_arguments(argv=None):
@@ -483,13 +445,8 @@ def parse_arguments(argv=None):
 
 
 def main():
-    args = parse_arguments()
-    name = run_name(args)
-    with runs.processes(args):
-        results = runs.run_seeds(args, name, load, train)
-        print_results(name, results)
-        if args.tta == "flip":
-            test_mirrored(args, name, results)
+    folder, results = runs.run_seeds(parse_arguments(), run_name, load, train)
+    print_results(folder.name, results)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import io
 import itertools
 import json
 import os
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
+from conftest import HOUSE
 
 import data
 import runs
@@ -52,27 +54,6 @@ def test_an_unavailable_gpu_is_rejected(two_gpus):
             runs.use_device(name)
 
 
-def test_torchrun_gives_each_process_its_own_gpu(two_gpus, monkeypatch):
-    monkeypatch.setattr(runs, "world_size", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert runs.use_device("cuda") == torch.device("cuda:1") and two_gpus == [1]
-    with pytest.raises(ValueError, match="use --device cuda"):
-        runs.use_device("cuda:0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="more processes than the 2 GPUs"):
-        runs.use_device("cuda")
-
-
-def test_torchrun_on_a_mac_needs_the_cpu(monkeypatch):
-    monkeypatch.setattr(runs, "world_size", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="--device mps: torchrun does not support it; use --device cpu"):
-        runs.use_device("auto")
-    assert runs.use_device("cpu") == CPU
-
-
 def test_float32_is_not_tf32():
     torch.backends.cudnn.allow_tf32 = True
     runs.make_repeatable()
@@ -88,13 +69,17 @@ def test_a_checkpoint_restores_what_it_saved(tmp_path, capsys):
     fresh = states()
     assert make_run(tmp_path).restore(fresh) == [{"epoch": 1}]
     assert torch.equal(fresh["model"].weight, saved["model"].weight)
-    assert make_run(tmp_path, "--no-graph", "--seed", 5, "--out", "x").restore(fresh) == [{"epoch": 1}]
+    assert make_run(tmp_path, "--no-graph", "--out", "x").restore(fresh) == [{"epoch": 1}]
     assert "resuming after epoch 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("words", "device", "named"),
-    [(("--lr", 0.1), CPU, "lr"), (("--amp", "bf16"), CPU, "dtype"), ((), torch.device("mps"), "device")],
+    [
+        (("--lr", 0.1), CPU, "lr 0.1, not 0.001"),
+        (("--amp", "bf16"), CPU, "dtype torch.bfloat16, not torch.float32"),
+        ((), torch.device("mps"), "device mps, not cpu"),
+    ],
 )
 def test_a_checkpoint_with_different_settings_or_device_is_reported_and_ignored(
     words, device, named, tmp_path, capsys
@@ -109,22 +94,24 @@ def test_a_forced_run_discards_its_checkpoint(tmp_path):
 
     def train_briefly(run):
         assert run.restore(states()) == []
-        raise runs.Stopped(signal.SIGINT)
+        raise KeyboardInterrupt(signal.SIGINT)
 
     run = make_run(tmp_path, "--force")
     assert run.checkpoint.exists()
-    with pytest.raises(runs.Stopped):
+    with pytest.raises(KeyboardInterrupt):
         runs.run_seed(run, train_briefly)
     assert not run.checkpoint.exists()
 
 
-def test_a_checkpoint_of_another_number_of_processes_is_ignored(tmp_path, capsys, monkeypatch):
-    make_run(tmp_path).save(states(), [{"epoch": 1}])
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "world_size", lambda: 2)
-        run = make_run(tmp_path)
-    assert run.restore(states()) == []
-    assert "different settings (processes); restarting from scratch" in capsys.readouterr().out
+def test_a_checkpoint_of_other_code_is_resumed_with_a_word_unless_it_does_not_fit(tmp_path, capsys):
+    run = make_run(tmp_path)
+    run.code = "1"
+    run.save(states(), [{"epoch": 1}])
+    run.code = "2"
+    assert run.restore(states()) == [{"epoch": 1}]
+    assert "resuming after epoch 1" in (shown := capsys.readouterr().out) and "other code" in shown
+    with pytest.raises(RuntimeError, match="does not fit this code's model: --force"):
+        run.restore({"model": torch.nn.Linear(3, 3)})
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5])
@@ -151,42 +138,58 @@ def test_checkpoints_are_saved_no_more_often_than_requested(tmp_path, monkeypatc
 # Results
 
 
-def test_a_result_from_different_images_is_run_again(image_folder, run, tmp_path):
-    folder = image_folder(splits=(("train", 20), ("valid", 4), ("test", 6)))
-    command = ("train.py", "--data", "images", "--epochs", 1)
-    assert run(*command, "--seed", 1).returncode == 0
+def test_a_default_that_was_edited_is_refused_and_only_force_replaces_the_result(
+    tiny, run, one_line, tmp_path
+):
+    command = ("train.py", *tiny, "--epochs", 1)
+    assert run(*command).returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
-    before = json.loads(path.read_text())["data"]["fingerprint"]
-    for file in list((folder / "train").rglob("1*.png")):
-        file.unlink()
-    process = run(*command, "--seed", 1, 2)
-    assert "seed1.json comes from different images" in process.stdout and "skipped" not in process.stdout
-    found = {json.loads(p.read_text())["data"]["fingerprint"] for p in tmp_path.rglob("seed*.json")}
-    assert len(found) == 1 and before not in found
-
-
-@pytest.mark.parametrize(
-    ("error", "named"),
-    [
-        (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access"),
+    before = path.read_bytes()
+    for change, words in (
+        ({"lr": 0.01}, "now lr 0.001, not 0.01"),
         (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-            "out of memory on cpu with --batch-size 64",
+            {"label_smoothing": 0.1, "optimizer": "sgd"},
+            "now label_smoothing 0.0, not 0.1; optimizer adam, not sgd",
         ),
-        (
-            RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
-            "out of memory on cpu with --batch-size 64",
-        ),
-        (MemoryError(), "out of memory on cpu with --batch-size 64"),
-    ],
-)
-def test_only_out_of_memory_errors_are_reported_as_such(error, named, tmp_path):
-    def fail(run):
-        raise error
+    ):
+        result = json.loads(before)
+        result["config"] |= change
+        path.write_text(json.dumps(result))
+        one_line(run(*command), 1, str(path.relative_to(tmp_path)), words, "--force")
+        assert json.loads(path.read_text()) == result
+    assert run(*command, "--force").returncode == 0 and json.loads(path.read_text())["config"]["lr"] == 0.001
 
-    with pytest.raises(RuntimeError, match=named):
-        runs.run_seed(make_run(tmp_path), fail)
-    assert not list(tmp_path.iterdir())
+
+def test_settings_that_left_or_came_later_are_ignored_and_other_code_is_said(tiny, run, tmp_path):
+    command = ("train.py", *tiny, "--epochs", 1)
+    assert run(*command).returncode == 0
+    (path,) = tmp_path.rglob("seed1.json")
+    result = json.loads(path.read_text())
+    assert "made by other code" not in run(*command).stdout
+    del result["config"]["stem"]  # a file from before that option
+    result["config"]["animals"], result["environment"]["code"] = "all", "00000000"
+    path.write_text(json.dumps(result))
+    shown = run(*command).stdout
+    assert "skipped, its result exists" in shown and "made by other code" in shown
+
+
+def test_the_code_of_a_result_is_a_hash_of_the_scripts_that_train(tmp_path, monkeypatch):
+    for name in (*runs.CODE, "moe.py", "aggregate.py"):
+        (tmp_path / name).write_bytes((HOUSE / name).read_bytes())
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "runs.py"))
+    before = [runs.code_hash(tmp_path / name) for name in ("train.py", "moe.py")]
+    assert len({*before}) == 2
+    (tmp_path / "aggregate.py").write_text("")
+    assert [runs.code_hash(tmp_path / name) for name in ("train.py", "moe.py")] == before
+    (tmp_path / "moe.py").write_text("")
+    assert [
+        runs.code_hash(tmp_path / name) == old
+        for name, old in zip(("train.py", "moe.py"), before, strict=True)
+    ] == [True, False]
+    for name in runs.CODE:
+        (tmp_path / name).write_text("")
+        assert runs.code_hash(tmp_path / "train.py") != before[0]
+        before[0] = runs.code_hash(tmp_path / "train.py")
 
 
 # Captured steps
@@ -209,7 +212,7 @@ def test_a_failed_capture_names_the_cause_and_the_remedy(monkeypatch):
     step = train.CapturedStep(lambda *batch: None)
     step.calls, step.inputs, step.labels = step.WARM_UP, torch.zeros(2), torch.zeros(2)
     with pytest.raises(RuntimeError, match="a step cannot be captured .operation not permitted.*--no-graph"):
-        step(torch.zeros(2), torch.zeros(2), 1.0)
+        step(torch.zeros(2), torch.zeros(2))
 
 
 # Signals and errors
@@ -220,10 +223,10 @@ def test_a_signal_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path, 
     runs.write_atomically(path, {"test": "old"})
 
     def interrupt(handle):
-        raise runs.Stopped(signal.SIGTERM)
+        raise KeyboardInterrupt(signal.SIGTERM)
 
     monkeypatch.setattr(runs.os, "fsync", interrupt)
-    with pytest.raises(runs.Stopped):
+    with pytest.raises(KeyboardInterrupt):
         runs.write_atomically(path, {"test": "new"})
     assert json.loads(path.read_text()) == {"test": "old"} and os.listdir(tmp_path) == ["seed1.json"]
 
@@ -232,6 +235,37 @@ def test_run_names_show_settings_in_a_fixed_order():
     defaults = {"lr": 0.001, "classes": None, "pretrained": False, "epochs": 10, "query": None}
     settings = {"epochs": 3, "lr": 0.1, "classes": "cat,dog", "pretrained": True, "seed": 4, "query": None}
     assert runs.run_name(("a", "b"), settings, defaults) == "a-b-only-cat+dog-epochs3-lr0.1-pretrained"
+
+
+def test_values_of_any_text_make_file_names_that_differ():
+    many = ",".join(f"class{number}" for number in range(20))
+    values = [
+        "a,b",
+        "a+b",
+        "a b",
+        "a_b",
+        "a/b",
+        "A;b",
+        ["a", "b"],
+        ["a,b"],
+        ["a;b"],
+        "ä",
+        "Ä",
+        "\udcff",
+        many,
+        many + "0",
+        "",
+    ]
+    names = [runs.run_name((), {"classes": value}, {}) for value in values]
+    names[7:8] = []  # one group of two classes, as a list or as text
+    assert len(set(names)) == len(names) and all(
+        re.fullmatch(r"[\w.+-]{1,80}", name, re.ASCII) for name in names
+    )
+
+
+def test_an_option_without_a_tag_is_an_error():
+    with pytest.raises(LookupError, match="--new-option: add it to TAGS"):
+        runs.run_name((), {"new_option": 1}, {"new_option": 1})
 
 
 def test_progress_is_silent_without_a_terminal(monkeypatch):

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies
@@ -107,7 +106,7 @@ def test_a_signal_ends_a_run_with_one_line_and_a_checkpoint(number, status, tmp_
     _, error = process.communicate()
     assert process.returncode == status and error.count("\n") == 1, error
     assert number.name in error and "the same command resumes" in error
-    left = sorted(path.name for path in (tmp_path / "out").rglob("*") if path.is_file())
+    left = sorted(path.name for path in (tmp_path / "out").glob("c*/*"))
     assert left == ["seed1.ckpt"]
     assert "resuming after epoch" in run(*command).stdout
 
@@ -119,7 +118,7 @@ def test_two_processes_given_the_same_run_do_it_once(tiny, tmp_path):
     assert [process.returncode for process in both] == [0, 0], shown
     assert sorted(text.count("epoch 4/4") for text, _ in shown) in ([0, 2], [1, 1])
     assert sum("waiting for" in text for text, _ in shown) >= 1
-    names = sorted(path.name for path in (tmp_path / "out").glob("*/*"))
+    names = sorted(path.name for path in (tmp_path / "out").glob("c*/*"))
     assert names == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
 
 
@@ -146,12 +145,12 @@ def test_results_that_cannot_be_written_end_a_run_before_it_begins(out, tiny, ru
 def test_a_full_disk_is_one_line_that_names_the_file_and_finished_work_is_kept(tiny, run, one_line, tmp_path):
     """As with ulimit -f, no file may exceed 1 MiB; the weights have 13."""
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
-    before = sorted((tmp_path / "out").rglob("*"))
+    before = sorted((tmp_path / "out").glob("c*/*"))
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))"
     process = run("train.py", *tiny, "--epochs", 1, "--seed", 1, 2, "--out", "out", code=limit)
     one_line(process, 1, "seed2.pt cannot be written (File too large)")
-    assert "skipped" in process.stdout and sorted((tmp_path / "out").rglob("*")) == before
+    assert "skipped" in process.stdout and sorted((tmp_path / "out").glob("c*/*")) == before
 
 
 def damage(path, how):
@@ -167,13 +166,12 @@ def damage(path, how):
 def test_a_damaged_result_is_reported_by_every_script(how, tiny, run, tmp_path, capsys):
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
-    dataset = SimpleNamespace(fingerprint=json.loads(path.read_text())["data"]["fingerprint"])
-    assert runs.finished(path, dataset) and len(aggregate.read(tmp_path)) == 1
+    assert runs.finished(path, {}) and len(aggregate.read(tmp_path)) == 1
     if how == "cut":
         damage(path, how)
     else:
         path.write_bytes(b"" if how == "empty" else bytes(range(256)))
-    assert runs.finished(path, dataset) is None and aggregate.read(tmp_path) == []
+    assert runs.finished(path, {}) is None and aggregate.read(tmp_path) == []
     shown = capsys.readouterr()
     assert f"{path} is damaged or not a result file" in shown.out and f"left out: {path}" in shown.err
 
@@ -223,19 +221,12 @@ def test_a_pickle_that_would_run_code_is_rejected(tmp_path, monkeypatch, capsys)
     assert "weights_only=False" not in "".join(path.read_text() for path in HOUSE.glob("*.py"))
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(run, one_line, tmp_path):
+def test_too_little_memory_is_one_line(run, one_line, tmp_path):
     limit = "import resource, torch; import torch._dynamo; used = int(open('/proc/self/statm').read().split()[0]) * 4096; "
     limit += "resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)"
     options = ("--data", "synthetic", "--batch-size", 2000, "--epochs", 1, "--device", "cpu")
-    process = run("train.py", *options, code=limit, OMP_NUM_THREADS="1")
-    one_line(process, 1, "out of memory on cpu with --batch-size 2000: lower it")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_too_little_memory_on_a_gpu_is_one_line(run, one_line):
-    limit = "import torch; torch.cuda.set_per_process_memory_fraction(0.005)"
-    process = run("train.py", "--data", "synthetic", "--batch-size", 2000, "--epochs", 1, code=limit)
-    one_line(process, 1, "out of memory on cuda with --batch-size 2000: lower it")
+    one_line(run("train.py", *options, code=limit, OMP_NUM_THREADS="1"), 1, "train.py: error: ", "memory")
+    assert not list(tmp_path.glob("results/c*")), "a failed run leaves no empty folder"
 
 
 # Invalid input
@@ -304,9 +295,9 @@ VALUES = ["0", "1", "2", "-1", "0.5", "1e9", "nan", "inf", "", " ", "ż", "cat,d
           "adam", "sgd", "vehicles", "all", "synthetic", "images", "cpu", "cuda:9", "bf16", "off", "custom", "1.5.2", "٣"]  # fmt: skip
 OPTIONS = {
     "train": "arch aug data fraction classes epochs batch-size lr optimizer momentum weight-decay dropout pretrained seed "
-    "device amp no-graph checkpoint-every force colour stem schedule label-smoothing tta",
+    "device amp no-graph checkpoint-every force colour stem schedule label-smoothing",
     "fewshot": "schedule data fraction classes way shot query episodes lr optimizer momentum weight-decay seed device amp force",
-    "moe": "animals train-adapters adapter-width data fraction epochs batch-size lr optimizer dropout classes seed device amp colour",
+    "moe": "experts train-adapters adapter-width data fraction epochs batch-size lr optimizer dropout classes seed device amp colour",
     "data": "data fraction classes help",
 }
 
@@ -399,72 +390,7 @@ def test_500_random_folders_never_end_in_a_traceback(tmp_path, monkeypatch):
     assert set(seen) >= {0, 1} and seen.count(0) > 10, seen
 
 
-# Several processes
-
-
-def torchrun(*arguments, cwd):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    words = [*command, str(HOUSE / "train.py"), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=cwd, env=environment, text=True, **pipes)
-
-
-def test_two_processes_train_one_network_and_a_lost_one_costs_an_epoch(tiny, tmp_path):
-    options = ("--device", "cpu", "--checkpoint-every", 0)
-    command = (*tiny, *options, "--epochs", 6, "--batch-size", 16, "--amp", "off", "--aug", "flip")
-    whole = torchrun(*command, "--out", "whole", cwd=tmp_path)
-    shown, error = whole.communicate()
-    assert whole.returncode == 0, error
-    assert shown.count("epoch 6/6") == 1 and "seed    accuracy" in shown  # only rank 0 prints
-    results = aggregate.read(tmp_path / "whole")
-    assert len(results) == 1 and np.sum(results[0].content["confusion"]) == 12
-
-    broken = torchrun(*command, "--out", "broken", cwd=tmp_path)
-    read_until(broken, "epoch 2/6")
-    workers = subprocess.run(["pgrep", "-P", str(broken.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(workers.stdout.split()[-1]), signal.SIGKILL)
-    _, error = broken.communicate()
-    assert broken.returncode != 0
-    assert "another process of this run was lost" in error or "stopped by SIGTERM" in error, error
-    assert [path.name for path in (tmp_path / "broken").rglob("seed*.*") if path.suffix != ".lock"] == [
-        "seed1.ckpt"
-    ]
-    again = torchrun(*command, "--out", "broken", cwd=tmp_path)
-    shown, error = again.communicate()
-    assert "resuming after epoch" in shown, error
-    assert_same_bits(tmp_path / "whole", tmp_path / "broken")
-
-
-def test_gradients_of_two_processes_are_those_of_the_whole_batch(tmp_path):
-    """Without per-process batch norm statistics, two processes learn what one does; every image counts once,
-    even in a smaller last batch of odd size."""
-    script = tmp_path / "two.py"
-    script.write_text(f"""
-import sys; sys.path.insert(0, {str(HOUSE)!r})
-import torch, runs
-args = type("Args", (), {{"batch_size": 16, "device": "cpu"}})
-inputs, labels = torch.randn(53, 8, generator=torch.Generator().manual_seed(1)), torch.arange(53) % 3
-torch.manual_seed(2)
-model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-with runs.processes(args):
-    network, seen = runs.distribute(model), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for images, true, weight in runs.share(zip(inputs.split(16), labels.split(16))):
-        seen.append(len(true))
-        optimizer.zero_grad()
-        (weight * torch.nn.functional.cross_entropy(network(images), true)).backward()
-        optimizer.step()
-    if runs.rank() == 0:
-        torch.save((seen, model.state_dict()), {str(tmp_path)!r} + f"/{{runs.world_size()}}.pt")
-""")
-    subprocess.run([sys.executable, script], check=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    subprocess.run(command, check=True, capture_output=True)
-    (alone, one), (shares, two) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
-    assert alone == [16, 16, 16, 5] and shares == [8, 8, 8, 3]
-    for name in one:
-        torch.testing.assert_close(one[name], two[name])
+# README and docs
 
 
 def test_guarantees_name_existing_tests():
