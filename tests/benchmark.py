@@ -4,7 +4,7 @@
     python tests/benchmark.py train                      # every architecture, against the plain recipe
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
     python tests/benchmark.py augment                    # every augmentation, against other libraries
-    python tests/benchmark.py data --images 10000000     # decoding; training on more images than memory holds
+    python tests/benchmark.py data                       # decoding, and batches
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
 
@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import statistics
 import subprocess
@@ -29,7 +30,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import tabulate
 import torch
 import torchvision
@@ -137,7 +137,7 @@ def endless(run):
     """A run's training batches, epoch after epoch."""
     split, streams = run.dataset.train, augment.parse(run.args.aug)
     for epoch in itertools.count(1):
-        plan = data.plan(len(split.labels), run.args.batch_size, run.seed, epoch)
+        plan = data.make_plan(len(split.labels), run.args.batch_size, run.seed, epoch)
         yield from data.batches(split, run.dataset, run.device, plan, streams, (run.seed, epoch))
 
 
@@ -238,7 +238,7 @@ def plain_episodes(folder, count, options, device):
     return epoch
 
 
-# The benchmarks: each takes args (device, rounds, images, folder, compile) and yields its table rows
+# The benchmarks: each takes args (device, rounds, images, folder) and yields its table rows
 
 
 def benchmark_train(args):
@@ -251,8 +251,6 @@ def benchmark_train(args):
     ours = {"ours": []}
     if args.device.type == "cuda":
         ours |= {"ours --no-graph": ["--no-graph"], "ours --amp off": ["--amp", "off"]}
-    if args.compile:
-        ours["ours --compile"] = ["--compile"]
     for arch in models.ARCHITECTURES:
         options = ("--arch", arch, "--aug", "flip", "--batch-size", str(batch_size))
         ways = {}
@@ -268,7 +266,7 @@ def benchmark_fewshot(args):
     episodes = max(1, args.images // EPISODE)
     dataset = data.synthetic((1000, 150, 100))
     folder = image_files(args.folder / "train", *dataset.train)
-    options = ("--query", "10", "--episodes", str(episodes))
+    options = ("--way", "5", "--shot", "5", "--query", "10", "--episodes", str(episodes))
     dataset = dataset._replace(train=data.to_device(dataset.train, args.device))
     run = our_run(args, dataset, fewshot.parse_arguments, *options)
 
@@ -330,45 +328,32 @@ def other_augmentations(name, images):
 
 
 def benchmark_data(args):
-    """Images/s of decoding a folder, of batches with flip and of training on them, from memory and from a
-    file of --images images."""
+    """Images/s of decoding a folder of --images files, at most 4,000, and of batches with flip."""
     some = data.synthetic((min(FILES, args.images), 100, 100))
     for name in ("train", "test"):
         image_files(args.folder / "images" / name, *getattr(some, name))
     roots = (args.folder / f"root{number}" for number in itertools.count())
-    in_file = data_file(args.folder / "images.npy", args.images)
-    in_memory = data.Split(*(tensor[:20_000].clone() for tensor in in_file))
-    splits = {"ours": data.to_device(in_memory, args.device), "ours, from a file": in_file}
     size = min(64, args.images)
     loader = plain_loader(args.folder / "images" / "train", size, args.device)
     plain = {"plain recipe": per_second(len(loader) * size, lambda: exhaust(loader))}
-    chunks = 1 if args.device.type == "cpu" else 64  # per training round; 16 per batch round
-    steps, batches = (min(args.images, many * data.CHUNK) // size for many in (chunks, 16))
-    taking, training = {}, {}
-    for name, split in splits.items():
-        options = ("--aug", "flip", "--batch-size", str(size))
-        run = our_run(args, some._replace(train=split), train.parse_arguments, *options)
-        taking[name] = per_second(batches * size, functools.partial(exhaust, endless(run), batches))
-        training[name] = our_training(run, steps)
-    decode = per_second(len(some.train.labels) + 100, lambda: data.load(args.folder / "images", next(roots)))
-    yield compare("decoding, once", {"ours": decode, **plain}, args.rounds)
-    yield compare("batches", {**taking, **plain}, args.rounds)
-    yield compare("training custom", training, args.rounds)
+    some = some._replace(train=data.to_device(some.train, args.device))
+    run = our_run(args, some, train.parse_arguments, "--aug", "flip", "--batch-size", str(size))
+    count = min(args.images, 16 * data.CHUNK) // size
+    taking = per_second(count * size, functools.partial(exhaust, endless(run), count))
+
+    def decode():
+        with contextlib.redirect_stdout(io.StringIO()):
+            data.load(args.folder / "images", next(roots))
+
+    yield compare(
+        "decoding, once", {"ours": per_second(len(some.train.labels) + 100, decode), **plain}, args.rounds
+    )
+    yield compare("batches", {"ours": taking, **plain}, args.rounds)
 
 
 def exhaust(batches, count=None):
     for _ in itertools.islice(batches, count):
         pass
-
-
-def data_file(path, count):
-    """A split of `count` random images stored in a file."""
-    array = np.lib.format.open_memmap(path, "w+", np.uint8, (count, 3, 32, 32))
-    block = torch.randint(256, (10_000, 3, 32, 32), dtype=torch.uint8).numpy()
-    for start in range(0, count, len(block)):
-        array[start : start + len(block)] = block[: count - start]
-    array.flush()
-    return data.Split(data.mapped(path), torch.arange(count) % 10)
 
 
 def benchmark_start(args):
@@ -398,7 +383,9 @@ def first_step(args, source):
     with tempfile.TemporaryDirectory(dir=args.folder) as out:
         command = [sys.executable, HOUSE / "train.py", "--data", source, "--root", args.folder / "root"]
         command += ["--out", out, "--device", args.device, "--epochs", 1, "--steps-per-epoch", 1]
-        environment = os.environ | {"TMPDIR": out}  # torch.compile creates a folder there, even if unused
+        environment = os.environ | {
+            "TMPDIR": out
+        }  # PyTorch's compiler creates a folder there, even if unused
         started = time.perf_counter()
         process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, env=environment)
         with process:
@@ -420,7 +407,7 @@ BENCHMARKS = {  # function, and default --images on a CPU and on other devices
     "train": (benchmark_train, 320, 19_200),
     "fewshot": (benchmark_fewshot, 7_500, 15_000),
     "augment": (benchmark_augment, 16_384, 16_384),
-    "data": (benchmark_data, 200_000, 200_000),
+    "data": (benchmark_data, 4_000, 4_000),
     "start": (benchmark_start, 2_000, 2_000),
 }
 
@@ -434,7 +421,6 @@ def main():
     add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
     add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in the "
         "file or folder (default: enough for a steady rate)")  # fmt: skip
-    add("--compile", action="store_true", help="also measure compiled training, which takes minutes")
     add("--json", type=Path, help="also write the figures to this file, row by row")
     args = parser.parse_args()
     given = args.images
@@ -444,7 +430,7 @@ def main():
         parser.error(str(error))
     runs.make_repeatable()
     on_gpu = args.device.type == "cuda"
-    name = torch.cuda.get_device_name(args.device) if on_gpu else runs.processor()
+    name = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "torchvision": torchvision.__version__}
     found = {"machine": {"device": name, "threads": torch.get_num_threads(), **versions}}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()))
