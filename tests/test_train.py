@@ -48,18 +48,6 @@ def test_metrics_equal_scikit_learns(case, seed):
         assert ours[name] == pytest.approx(score, abs=1e-12)
 
 
-def test_totals_of_unequal_batches_are_averaged_over_images():
-    logits, labels = torch.randn(50, 10), torch.randint(0, 10, (50,))
-    totals = train.Totals(10, torch.device("cpu"))
-    for rows in (slice(0, 32), slice(32, 50)):
-        totals.count(
-            logits[rows], labels[rows], torch.nn.functional.cross_entropy(logits[rows], labels[rows])
-        )
-    found = totals.metrics()
-    assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
-    assert found["accuracy"] == (logits.argmax(1) == labels).double().mean().item()
-
-
 # The loop
 
 
@@ -218,17 +206,6 @@ def test_every_optimizer_learns(optimizer):
     assert (weight < 1).all()
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 100])
-def test_the_learning_rate_goes_up_once_and_down_towards_zero(steps):
-    shares = [train.one_cycle(step, steps) for step in range(steps)]
-    top = shares.index(max(shares))
-    assert max(shares) == 1 and min(shares) > 0 and top == max(0, steps // 5 - 1)
-    assert shares[: top + 1] == sorted(shares[: top + 1]) and shares[top:] == sorted(
-        shares[top:], reverse=True
-    )
-    assert shares[-1] <= max(2 / steps, 0.5) or steps == 1
-
-
 def test_a_learning_rate_tensor_is_filled_in_place():
     weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=9.0)
@@ -359,19 +336,6 @@ def test_run_names_show_what_differs_from_the_recipe():
                  ("--steps-per-epoch", 7)]  # fmt: skip
     names = [name_of(*arguments) for arguments in different]
     assert len({*names, name_of()}) == len(names) + 1
-
-
-def test_a_small_training_set_trains_for_the_requested_steps(tiny, run, tmp_path):
-    assert run("train.py", *tiny, "--epochs", 2, "--steps-per-epoch", 7, "--batch-size", 16).returncode == 0
-    (result,) = results(tmp_path).values()
-    assert result["config"]["steps_per_epoch"] == 7
-    (path,) = tmp_path.rglob("seed1.json")
-    assert path.parent.name.endswith("-epochs2-batch16-steps7")
-    images = data.synthetic((40, 10, 10)).train
-    order, sizes = data.make_plan(len(images.labels), 16, seed=1, epoch=1, steps=7)
-    assert sizes == [16] * 7
-    # every image occurs equally often, or once more
-    assert sorted(torch.bincount(order).unique().tolist()) == [2, 3]
 
 
 # Invalid input
