@@ -405,8 +405,8 @@ def _list_images(folder):
 
 
 def _find_splits(folder, ignored):
-    """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest to
-    `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
+    """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest
+    to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
     places, entries = {}, sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     folders = [entry.name for entry in entries if entry.is_dir()]
     for split, spellings in SPELLINGS.items():
