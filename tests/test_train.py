@@ -345,7 +345,7 @@ def test_run_names_show_what_differs_from_the_recipe():
     ("arguments", "words"),
     [
         (["--arch", "vgg"], ["--arch", "vgg", "resnet18"]),
-        (["--aug", "flip+zoom"], ["zoom", "none, flip"]),
+        (["--aug", "flip+zoom"], ["zoom", "flip, rotation"]),
         (["--data", "no/such"], ["--data no/such", "cinic10, cifar10, synthetic"]),
         (["--optimizer", "lion"], ["--optimizer", "lion", "adamax"]),
         (["--data", "synthetic", "--classes", "cow"], ["--classes cow", "airplane"]),
