@@ -38,8 +38,8 @@ KEPT = "finished work is kept; run the same command to continue"
 # The files that train every run, besides its own script
 CODE = ("augment.py", "data.py", "models.py", "runs.py", "train.py")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-# Arguments that are no part of what a run is. `amp` is compared as dtype; the data set's fingerprint and classes
-# stand for `data` and `classes`, which can be spelled in several ways
+# Arguments that are no part of what a run is. A dtype stands for `amp`; a fingerprint and class names for `data`
+# and `classes`, which can be spelled in several ways
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "data", "classes")
 
 # In a run's name, settings that differ from their defaults appear in this order, as tag and value
@@ -61,6 +61,8 @@ def command_line(main):
     name, status = Path(sys.argv[0]).name, 0
 
     def stop(signum, _):
+        for number in SIGNALS:  # a second one must not interrupt the handling of the first
+            signal.signal(number, lambda *_: None)
         raise KeyboardInterrupt(signum)
 
     for stream in ("stdout", "stderr"):
@@ -73,8 +75,6 @@ def command_line(main):
         main()
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
-        for signum in SIGNALS:
-            signal.signal(signum, signal.SIG_IGN)
         signal_name = signal.Signals(stopped.args[0]).name
         advice = "the same command resumes from the last checkpoint, if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
@@ -117,7 +117,7 @@ def new_parser(doc):
 
 
 def number(kind, low, high=math.inf, including=()):
-    """An argparse type: a finite int or float between two bounds. including: those of them that are allowed."""
+    """An argparse type: a finite int or float between two bounds, and those of them that are in `including`."""
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
@@ -153,8 +153,8 @@ def add_arguments(parser):
 def run_name(first, settings, defaults):
     """A run's folder name: `first`, such as its architecture, then each setting that is not its default.
 
-    settings, defaults: {name: value}; settings["data"] is the data set's name. Raises LookupError for a setting
-    that is neither in TAGS nor in NEUTRAL, since two different runs would share a folder.
+    settings, defaults: {name: value}; "data" is the data set's name. Raises LookupError for a setting that is in
+    neither TAGS nor NEUTRAL, since two different runs would share a folder.
     """
     parts, known = list(first), {*TAGS, *NEUTRAL, "arch", "aug"}
     for name in settings:
@@ -222,7 +222,7 @@ def write_atomically(path, content):
 
 @contextlib.contextmanager
 def exclusive(path):
-    """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file. Where the
+    """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file. If the
     file system has no locks, work may be done twice, but nothing is damaged: files are written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as lock:  # never removed: somebody may be waiting for it
@@ -262,14 +262,11 @@ def compute_dtype(args, device):
         return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.amp]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    slow = getattr(args, "arch", None) in SLOW_IN_BF16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() and not slow else torch.float32
-
-
-def cpu_has_bf16():
-    """Whether the CPU multiplies bf16 natively; otherwise PyTorch emulates it, slowly."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # undocumented, so they may disappear
-    return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    # Undocumented, so they may disappear. A CPU that has neither would emulate bf16, slowly
+    native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(getattr(torch.cpu, name)() for name in native if hasattr(torch.cpu, name))
+    slow = device.type != "cpu" or not fast or getattr(args, "arch", None) in SLOW_IN_BF16
+    return torch.float32 if slow else torch.bfloat16
 
 
 def make_repeatable():
@@ -344,7 +341,7 @@ def identity(config, data):
 
 
 def differences(settings, others):
-    """The settings that differ, as `lr 0.002, not 0.001`. A setting that only one has is ignored: an option that
+    """The settings that differ, as `lr 0.002, not 0.001`. One that only one side has is ignored: an option that
     came later has its default in both, since another value changes the run's name."""
     both = sorted(settings.keys() & others.keys())
     return [f"{key} {settings[key]}, not {others[key]}" for key in both if settings[key] != others[key]]
@@ -405,7 +402,7 @@ def environment(run):
 def run_seeds(args, name_run, load, train):
     """Run the seeds that have no result yet, in sequence. Returns the run's folder and {seed: result}.
 
-    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, data set's name, selected
+    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, its name, its selected
     classes) the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
     """
     device = use_device(args.device)
