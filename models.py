@@ -9,9 +9,7 @@ Needs torch and torchvision only: copy this file into your own project.
 
 import contextlib
 import os
-import pickle
 import sys
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,9 +21,8 @@ class CustomCNN(nn.Module):
     """Three blocks of two 3x3 conv-BN-ReLU, 2x2 max-pool, dropout k; then two linear layers.
 
     images: float (N, 3, 32, 32). Returns logits, float (N, num_classes). dropout: k, in [0, 1); before the
-    last layer it is min(2k, 0.9), as on the slides. The convolutions have no bias: the slides leave this
-    open, and the batch norm after each one removes any constant.
-    """
+    last layer it is min(2k, 0.9), as in the study. The convolutions have no bias: the study leaves this open,
+    and the batch norm after each one removes any constant."""
 
     def __init__(self, num_classes=10, dropout=0.0):
         super().__init__()
@@ -56,11 +53,9 @@ class CustomCNN(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d; on a CPU, 1x1 kernels and 1x1 maps are computed as a matrix product, or a product if depthwise.
-
-    Equal up to rounding. PyTorch's own backward pass takes several times as long there: over a quarter of a
-    training step of resnet18, densenet121 and efficientnet_b0.
-    """
+    """nn.Conv2d; on a CPU, 1x1 kernels and 1x1 maps become a matrix product, or a product if depthwise. Equal
+    up to rounding. PyTorch's own backward pass takes several times as long: over a quarter of a training step
+    of resnet18, densenet121 and efficientnet_b0."""
 
     def forward(self, images):
         size, stride = self.kernel_size[0], self.stride[0]
@@ -75,16 +70,17 @@ class Convolution(nn.Conv2d):
 
 
 class Architecture(NamedTuple):
-    """An entry of ARCHITECTURES."""
+    """A torchvision network, and the names of the submodules that build replaces."""
 
-    constructor: Callable | str  # called with (num_classes, dropout), or the name of a torchvision network
-    head: str = ""  # torchvision only: the submodule to replace; its first linear layer has the feature count
-    stem: str = ""  # the first convolution
+    name: str  # torchvision's
+    head: str  # its first linear layer has the feature count
+    stem: str  # the first convolution
     pool: str = ""  # the max-pool after it, if there is one
 
 
+# An entry is a torchvision network, or a class or function (num_classes, dropout) -> nn.Module
 ARCHITECTURES = {
-    "custom": Architecture(CustomCNN),
+    "custom": CustomCNN,
     "resnet18": Architecture("resnet18", head="fc", stem="conv1", pool="maxpool"),
     "densenet121": Architecture("densenet121", "classifier", stem="features.conv0", pool="features.pool0"),
     # torchvision's head has 20 % dropout, removed here since the recipe has none
@@ -96,15 +92,13 @@ def check(arch, dropout=0.0, pretrained=False, stem="imagenet"):
     """Raise ValueError for options that the architecture does not support."""
     if arch not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
-    if isinstance(ARCHITECTURES[arch].constructor, str):
+    if isinstance(ARCHITECTURES[arch], Architecture):
         if dropout:
-            raise ValueError(f"--dropout: {arch} has no dropout setting, only custom has")
+            raise ValueError(f"--dropout: {arch} has no dropout setting, custom has")
         if pretrained and stem == "small":
             raise ValueError("--pretrained: the weights are for the ImageNet stem; omit --stem")
-    elif pretrained:
-        raise ValueError(f"--pretrained: {arch} has no pretrained weights")
-    elif stem != "imagenet":
-        raise ValueError(f"--stem: {arch} is built for 32x32 images; only torchvision's networks have stems")
+    elif pretrained or stem != "imagenet":
+        raise ValueError(f"--pretrained and --stem are for torchvision's networks, not for {arch}")
 
 
 def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
@@ -112,63 +106,74 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
 
     torchvision's networks get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is
     frozen. pretrained: start from torchvision's ImageNet weights IMAGENET1K_V1 (resnet18 and efficientnet_b0
-    did on the slides). stem: `imagenet`, unchanged, or `small`, for 32x32 images: a first 3x3 convolution of
+    did in the study). stem: `imagenet`, unchanged, or `small`, for 32x32 images: a first 3x3 convolution of
     stride 1, without max-pool (He et al., 2016, section 4.2). Raises ValueError for an option that the
-    architecture does not support, RuntimeError if weights cannot be fetched.
-    """
+    architecture does not support, RuntimeError if weights cannot be fetched or read."""
     check(arch, dropout, pretrained, stem)
-    constructor, head, first, pool = ARCHITECTURES[arch]
-    if not isinstance(constructor, str):
-        return constructor(num_classes, dropout)
-    model = _from_torchvision(constructor, pretrained)
+    entry = ARCHITECTURES[arch]
+    if not isinstance(entry, Architecture):
+        return entry(num_classes, dropout)
+    model = _from_torchvision(entry.name, pretrained)
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.__class__ = Convolution
-    linear = next(layer for layer in model.get_submodule(head).modules() if isinstance(layer, nn.Linear))
+    linear = next(part for part in model.get_submodule(entry.head).modules() if isinstance(part, nn.Linear))
     layers = nn.Linear(linear.in_features, 256), nn.ReLU(inplace=True), nn.Linear(256, num_classes)
-    model.set_submodule(head, nn.Sequential(*layers))
+    model.set_submodule(entry.head, nn.Sequential(*layers))
     if stem == "small":
-        convolution = model.get_submodule(first)
+        convolution = model.get_submodule(entry.stem)
         if convolution.kernel_size == (3, 3):
             convolution.stride = (1, 1)
         else:
             convolution = nn.Conv2d(3, convolution.out_channels, kernel_size=3, padding=1, bias=False)
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-            model.set_submodule(first, convolution)
-        if pool:
-            model.set_submodule(pool, nn.Identity())
+            model.set_submodule(entry.stem, convolution)
+        if entry.pool:
+            model.set_submodule(entry.pool, nn.Identity())
     return model
 
 
 def _from_torchvision(name, pretrained):
     # Imported here: it takes over a second, and the custom network does not need it
-    from torchvision import models as torchvision_models
+    from torchvision import models
 
-    weights = "IMAGENET1K_V1" if pretrained else None
+    if not pretrained:
+        return models.get_model(name)
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # else torch.hub could run code
     try:
         with contextlib.redirect_stderr(sys.stdout):  # torch.hub announces downloads there
-            return torchvision_models.get_model(name, weights=weights, progress=sys.stdout.isatty())
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:  # no network, or a damaged file
+            return models.get_model(name, weights="IMAGENET1K_V1", progress=sys.stdout.isatty())
+    except Exception as error:  # a damaged file can raise nearly anything
+        url = models.get_model_weights(name)["IMAGENET1K_V1"].url
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if os.path.exists(path):  # torch.hub keeps no download that fails
+            raise RuntimeError(f"{path} is damaged, or not the weights of {name}: remove it") from error
         print(flush=True)  # torch.hub does not end its line
-        url = torchvision_models.get_model_weights(name)["IMAGENET1K_V1"].url
         raise RuntimeError(
-            f"the ImageNet weights of {name} cannot be fetched ({error}): connect to the network, put {url} into "
-            "$TORCH_HOME/hub/checkpoints (~/.cache/torch by default), or train without --pretrained"
+            f"the ImageNet weights of {name} cannot be fetched ({error}): connect to the network, put {url} "
+            "into $TORCH_HOME/hub/checkpoints (~/.cache/torch by default), or train without --pretrained"
         ) from error
 
 
 def load(path):
-    """Load the trained network from a `seed<k>.pt` saved by train.py, in eval mode on the CPU. It was trained
-    with its attributes `classes` (names in label order), `mean` and `std` (per channel, pixels in [0, 1]).
-    Raises ValueError for any other file."""
+    """Load the network of a `seed<k>.pt` saved by train.py, in eval mode on the CPU. Attributes: `classes` in
+    label order, `mean` and `std` (of pixels in [0, 1]). Raises ValueError for other files and networks."""
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        model = build(saved["arch"], len(saved["classes"]), stem=saved["stem"])
-        model.load_state_dict(saved["state_dict"])
-    except (ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        arch, stem, classes, mean, std = (saved[key] for key in ("arch", "stem", "classes", "mean", "std"))
+        theirs = {(key, value.shape) for key, value in saved["state_dict"].items()}
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
         raise ValueError(f"{path} is damaged, or not a weights file saved by train.py") from error
-    model.classes, model.mean, model.std = saved["classes"], saved["mean"], saved["std"]
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"{path}: models.py has no architecture {arch!r}")
+    model = build(arch, len(classes), stem=stem)
+    differing = theirs ^ {(key, value.shape) for key, value in model.state_dict().items()}
+    if differing:
+        raise ValueError(f"{path}: its layers differ from models.py, such as {min(differing)[0]}")
+    model.load_state_dict(saved["state_dict"])
+    model.classes, model.mean, model.std = classes, mean, std
     return model.eval()
 
 
@@ -176,8 +181,7 @@ class FewShotEmbedding(nn.Module):
     """The few-shot network: a convolutional and a transformer branch, fused into one embedding.
 
     images: float (N, 3, 32, 32). Returns embeddings of unit length, float (N, 64). About 47,000 parameters.
-    As in the authors' code, tokens have no position encoding, and both norms follow their residual sums.
-    """
+    As in the authors' code, tokens have no position encoding, and both norms follow their residual sums."""
 
     def __init__(self):
         super().__init__()
@@ -232,8 +236,7 @@ class MixtureOfExperts(nn.Module):
 
     features: float (N, experts, 4096), each expert's flattened trunk output, or (N, experts, width), already
     adapted. Returns logits, float (N, num_classes). Unless train_adapters, the adapters keep their random
-    initialization, as in the authors' code.
-    """
+    initialization, as in the authors' code."""
 
     def __init__(self, experts=3, num_classes=10, train_adapters=False, width=1280):
         super().__init__()

@@ -1,11 +1,14 @@
 """Devices, checkpoints, errors: what keeps a run alive."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
 import re
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -216,6 +219,53 @@ def test_a_failed_capture_names_the_cause_and_the_remedy(monkeypatch):
 
 
 # Signals and errors
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -c 0"])
+@pytest.mark.parametrize(("words", "status"), [("--help", 0), ("--epochs none", 2)])
+def test_closed_streams_and_any_encoding_never_end_in_a_traceback(streams, words, status, tmp_path):
+    for encoding in ("ascii", "cp1252"):
+        command = f"{sys.executable} {HOUSE / 'data.py'} {words.replace('epochs', 'fraction')} {streams}; exit ${{PIPESTATUS[0]}}"
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "WORLD_SIZE": ""}
+        process = subprocess.run(
+            ["bash", "-c", command], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert process.returncode in ((0, 1) if "head" in streams and not status else (status,)), (
+            process.stderr
+        )
+        assert "Traceback" not in process.stderr and "Exception ignored" not in process.stderr
+        assert process.stderr.count("\n") == (0 if "2>&-" in streams else process.returncode > 0)
+
+
+def test_a_notebooks_streams_cannot_be_configured_and_its_signals_are_restored(monkeypatch):
+    class Stream:
+        encoding = "ascii"
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+    before = [signal.getsignal(number) for number in runs.SIGNALS]
+    for error, status, shown in (
+        (None, 0, ""),
+        (ValueError("one\n two"), 2, "error: one two\n"),
+        (KeyboardInterrupt(2), 130, "SIGINT"),
+    ):
+        stream = Stream()
+        monkeypatch.setattr(runs.sys, "stdout", Stream())
+        monkeypatch.setattr(runs.sys, "stderr", stream)
+
+        def main(error=error):
+            if error:
+                raise error
+
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext() as stop:
+            runs.command_line(main)
+        assert status in (0, getattr(getattr(stop, "value", None), "code", 0)) and shown in stream.text
+        assert [signal.getsignal(number) for number in runs.SIGNALS] == before
 
 
 def test_a_signal_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
