@@ -11,7 +11,6 @@ the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
-import collections
 import csv
 import itertools
 import json
@@ -20,6 +19,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +42,8 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 # rows, columns: a setting, `step`, or a tuple: parts of a mixture's result (rows), metrics or PARTS (columns).
 # fixed: settings that are not the recipe's. ignore: settings that go with a row, with the study's values by row
 # if they are not the recipe's. steps: rows or columns, with the settings that each fixes. title: None for a figure
-Table = collections.namedtuple(
-    "Table", "title rows columns script fixed ignore steps", defaults=("train", {}, {}, {"": {}})
-)
+FIELDS = "title rows columns script fixed ignore steps"
+Table = namedtuple("Table", FIELDS, defaults=("train", {}, {}, {"": {}}))
 # Settings that the results of a table share, and that stand in its heading
 CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size", "steps_per_epoch", "episodes",
            "way", "experts", "compute dtype")  # fmt: skip
@@ -104,7 +103,7 @@ TABLES = {
 def read_published(text):
     """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. std is None for a
     single seed, the pair is None for `-`."""
-    published = collections.defaultdict(lambda: collections.defaultdict(dict))
+    published = defaultdict(lambda: defaultdict(dict))
     for first, *words in map(str.split, text.strip().splitlines()):
         if first in TABLES:
             columns = [word.split("/") if "/" in word else (first, word) for word in words]
@@ -165,12 +164,12 @@ fewshot         accuracy      recall        precision     f1            regular/
 
 # named: whether the folder has the name that its settings give; common: what all seeds of a run must share;
 # results: the contents of its files, by seed
-Run = collections.namedtuple("Run", "name named settings common results")
+Run = namedtuple("Run", "name named settings common results")
 
 
 def read(folder):
     """The runs in a folder, a list of Run. Unusable files are reported on standard error."""
-    found, fingerprints = {}, collections.defaultdict(set)
+    found, fingerprints = {}, defaultdict(set)
     paths = [path for path in folder.glob("[!.]*/seed*.json") if re.fullmatch(r"seed\d+", path.stem)]
     for path in sorted(paths, key=lambda path: (path.parent, int(path.stem[4:]))):
         try:
@@ -241,10 +240,10 @@ RECIPES["fewshot"] |= {"way": 5, "shot": 5}  # fewer on small data, by default
 # From results to tables
 
 # A table of one context, {setting: value}; shown: whether it is printed
-View = collections.namedtuple("View", "name table context heading cells shown")
+View = namedtuple("View", "name table context heading cells shown")
 # unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best, ≈ if
 # not significantly different; published: (mean, std) or None
-Cell = collections.namedtuple("Cell", "row column run unlike values mark published")
+Cell = namedtuple("Cell", "row column run unlike values mark published")
 
 
 def belongs(run, table, step):
@@ -275,7 +274,7 @@ def make_views(found, published):
     """A View for each table and context that has results, those with the study's context first."""
     views, seen = [], set()
     for name, table in TABLES.items():
-        groups = collections.defaultdict(lambda: collections.defaultdict(list))  # {context: {place: runs}}
+        groups = defaultdict(lambda: defaultdict(list))  # {context: {place: runs}}
         for run, step in itertools.product(found, table.steps):
             fits = belongs(run, table, step)
             if fits and not (name == "other" and run.name in seen):
@@ -410,25 +409,21 @@ def plain(text, latex):
 
 def print_views(views, latex):
     """Print tables, as GitHub shows them or for LaTeX."""
-    context, comment = None, "% " if latex else ""
+    context, start = None, "% " if latex else ""
     if latex:
         print("% in the preamble: \\usepackage{graphicx}\n")
     for view in views:
         if view.context != context:
             context = view.context
-            print(f"{comment or '## '}{view.heading}\n")
+            print(f"{start or '## '}{view.heading}\n")
             if context:
                 print(
-                    f"{comment}Not CINIC-10 with the study's settings: not comparable with published numbers.\n"
+                    f"{start}Not CINIC-10 with the study's settings: published numbers are not comparable.\n"
                 )
-        usual = statistics.mode(
-            len(cell.values) for cell in view.cells if cell.values
-        )  # cells need not say it
+        usual = statistics.mode(len(cell.values) for cell in view.cells if cell.values)
         lines = [[plain(text, latex) for text in line] for line in written(view, usual)]
-        style = {"tablefmt": "latex_raw" if latex else "github", "disable_numparse": True}
-        table = tabulate.tabulate(
-            lines, "firstrow", colalign=["left", *["right"] * (len(lines[0]) - 1)], **style
-        )
+        style = {"disable_numparse": True, "colalign": ["left", *["right"] * (len(lines[0]) - 1)]}
+        table = tabulate.tabulate(lines, "firstrow", "latex_raw" if latex else "github", **style)
         title, text = view.table.title, explanation(view, usual)
         if latex:
             caption = plain(f"{title}: {view.heading}, test split. {text}", latex)
@@ -438,12 +433,10 @@ def print_views(views, latex):
 
 
 def written(view, usual):
-    """The rows of a printed table, header first: ours and, if available, the study's and the difference."""
-    table, other, columns = (
-        view.table,
-        view.name == "other",
-        dict.fromkeys(cell.column for cell in view.cells),
-    )
+    """The rows of a printed table, header first: ours and, if available, the study's and the difference. usual: the
+    number of seeds that cells need not say."""
+    table, other = view.table, view.name == "other"
+    columns = dict.fromkeys(cell.column for cell in view.cells)
     corner = table.rows if table.rows in ("optimizer", "dropout", "fraction") else ""
     lines = [[corner, *["n"] * other, *columns, *["gain"] * (table.rows == "step")]]
     above, means = {step: before for before, step in itertools.pairwise(table.steps)}, {}
@@ -538,10 +531,9 @@ def draw_epochs(figure, cells):
 def draw_accuracy(figure, cells):
     """Test accuracy by column, a panel per row; or by fraction, a line per column."""
     by_fraction = all(cell.row in PUBLISHED["regular"] for cell in cells)
-    lines, ticks = (
-        collections.defaultdict(list),
-        list(dict.fromkeys(c.row if by_fraction else c.column for c in cells)),
-    )
+    known = PUBLISHED["regular"] if by_fraction else PUBLISHED["augmentation"]["custom"]
+    ticks = in_order((cell.row if by_fraction else cell.column for cell in cells), known, (), known)
+    lines = defaultdict(list)
     for cell in cells:
         name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
         lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
@@ -581,15 +573,19 @@ def draw_gate(figure, cells):
 
 def draw_samples(figure, dataset, names, count):
     """A row for each augmentation: the first training image, and `count` random draws."""
-    image, generator = dataset.train.images[0].cpu(), torch.Generator().manual_seed(8)
-    for name, line in zip(names, figure.subplots(len(names), count + 1), strict=True):
+    image, generator, rows = dataset.train.images[:1].cpu(), torch.Generator().manual_seed(8), []
+    for name in names:
         drawn = image.expand(count, -1, -1, -1)
         for function in augment.parse(name, dataset.mean)[-1]:
             drawn = function(drawn, generator)
-        for axes, pixels in zip(line, [image, *drawn], strict=True):
-            axes.imshow(pixels.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
+        row = torch.nn.functional.pad(torch.cat([image, drawn]), (2, 2, 2, 2), value=255)
+        rows.append(torch.cat(list(row), dim=2))  # (3, 36, 36 * (1 + count))
+    axes = figure.subplots()
+    axes.imshow(torch.cat(rows, dim=1).permute(1, 2, 0), interpolation="nearest")
+    axes.set_yticks([36 * row + 18 for row in range(len(names))], names)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.grid(False)
 
 
 FIGURES = {  # for a table: file name, function, row of the cell it draws (None: all), size in inches, title
@@ -611,7 +607,7 @@ def drawn_cells(view):
     cells, by_setting = [cell for cell in view.cells if cell.values], isinstance(view.table.columns, str)
     row = FIGURES[view.name][2]
     cells = [cell for cell in cells if by_setting or (cell.column == "accuracy" and row in (None, cell.row))]
-    counts = collections.Counter(by_setting and cell.row for cell in cells)
+    counts = Counter(by_setting and cell.row for cell in cells)
     return [cell for cell in cells if row or counts[by_setting and cell.row] > 1]
 
 
@@ -653,9 +649,9 @@ def draw_figures(views, found, folder, with_samples):
         if with_samples:
             dataset, names = samples_of(found[0]), ("cutout", "autoaugment", "jitter")
             title = f"{dataset.name}: a training image, and random draws of each augmentation"
-            save("augmentation", (5.2, 4.8), title, draw_samples, dataset, names, 3)
+            save("augmentation", (5.4, 4), title, draw_samples, dataset, names, 3)
             names = augment.NAMES[1:]  # all but none
-            save("augmentation-all", (11.7, 1.5 * len(names)), title, draw_samples, dataset, names, 8)
+            save("augmentation-all", (11.7, 1.2 * len(names) + 0.7), title, draw_samples, dataset, names, 8)
 
 
 def samples_of(run):
@@ -683,14 +679,11 @@ def main():
     if not found:
         what = "no results in" if folder.is_dir() else "there is no folder"
         raise RuntimeError(f"{what} {folder}: run train.py or run_all.sh first")
-    published = {} if args.no_published else PUBLISHED
-    views = [
-        view for view in make_views(found, collections.defaultdict(dict, published)) if view.name in only
-    ]
+    views = make_views(found, defaultdict(dict, {} if args.no_published else PUBLISHED))
+    views = [view for view in views if view.name in only]
     try:
         if args.format == "csv":
-            inside = {cell.run.name for view in views for cell in view.cells if cell.run}
-            print_rows([run for run in found if run.name in inside])
+            print_rows(found)
         else:
             print_views([view for view in views if view.shown], args.format == "latex")
         sys.stdout.flush()
