@@ -1,37 +1,33 @@
 """Image data sets as uint8 tensors: decoded once, cached, memory-mapped, batched on any device.
 
     python data.py --data cinic10         # download (688 MB), decode, cache, describe
-    python data.py --data path/to/folder  # train/<class>/*, test/<class>/*, optionally valid/<class>/*
+    python data.py --data path/to/folder  # train/<class>/*, valid/<class>/*, test/<class>/*, or <class>/*
 
 A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `labels`, int64 (N,).
 """
 
 import collections
-import contextlib
 import csv
 import hashlib
 import http.client
 import io
 import itertools
 import json
-import mmap
 import os
+import pickle
 import re
 import shutil
-import signal
-import socket
-import stat
-import sys
 import tarfile
-import tempfile
-import time
+import threading
+import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image  # installed with torchvision, whose slow import (over a second) only downloads need
+from PIL import Image, ImageOps  # comes with torchvision, whose own import would take over a second
 
 import runs
 
@@ -44,9 +40,17 @@ GROUPS = {
     "vehicles": ("airplane", "automobile", "ship", "truck"),
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+SPELLINGS = {  # of the splits' folders; of train and test only the first is accepted, of valid each, in any case
+    "train": ("train", "training", "trainset"),
+    "valid": ("valid", "val", "validation"),
+    "test": ("test", "testing", "testset"),
+}
+IMAGE_SUFFIXES = (
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tga", ".tif", ".tiff", ".webp",
+)  # fmt: skip
 MAX_PIXELS = 100_000_000  # larger images are treated as decompression bombs
-CACHE_VERSION = 4  # increment it when decoding or the cache layout changes
+CACHE_VERSION = 5  # increment it when decoding or the cache's layout changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its files before: URLs to try in turn.
 CINIC10_MD5 = "6ee4d0c996905fe93221de577967a372"
@@ -56,7 +60,6 @@ CINIC10_URLS = (
     "https://datashare.ed.ac.uk/bitstream/handle/10283/3192/CINIC-10.tar.gz",
 )
 TIMEOUT = 60  # seconds without data after which a download is abandoned
-OTHERWISE = "or use --data PATH (your own folder) or --data synthetic (no download)"
 
 
 class Split(NamedTuple):
@@ -65,15 +68,15 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    name: str
-    only: str | None  # the selected classes, as in `spec`; None if all
+    name: str  # a built-in's, or a folder's and 8 digits of its content
+    only: str | None  # the names that --classes selected, as `spec` writes them; None: all of them
     classes: tuple  # of str, in label order
     train: Split
     valid: Split
     test: Split
     mean: tuple  # of 3 floats: per-channel mean of the train split, pixels in [0, 1]
     std: tuple
-    cache: Path | None  # the folder from which it is memory-mapped
+    cache: Path | None  # the file from which a later start memory-maps it
     fingerprint: str  # of the whole set, before --fraction and --classes: 16 hexadecimal digits
 
 
@@ -84,7 +87,7 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     classes: `vehicles`, `animals` or names joined by commas; labels are renumbered.
     Raises ValueError for an invalid argument, OSError or RuntimeError for data that cannot be loaded.
     """
-    root = Path(root)
+    root, folder = Path(os.path.expanduser(root)), Path(os.path.expanduser(data))
     if data == "synthetic":
         dataset = synthetic()
     elif data == "synthetic-small":
@@ -92,18 +95,21 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
     elif data == "cinic10":
         dataset = _load_cinic10(root)
     elif data == "cifar10":
-        dataset = _load_cached(root, data, data, "torchvision", lambda: _cifar10(root))
-    elif data and Path(data).is_dir():
-        dataset = _load_folder(Path(data), root, key(data), key(data))
+        dataset = _load_cached(root, data, "torchvision", lambda: _cifar10(root))
+    elif data and folder.is_dir():
+        dataset = _load_folder(folder, root)
     else:
         raise ValueError(f"--data {data}: not a folder, and not one of {', '.join(NAMES)}")
     if classes:
         dataset = _select_classes(dataset, classes)
     if fraction < 1:
         dataset = dataset._replace(train=_subset(dataset.train, fraction))
-    if classes or fraction < 1:  # a subset has its own mean and std
+    if dataset.only or fraction < 1:  # a subset has its own mean and std
         mean, std = _mean_and_std(dataset.train.images)
         dataset = dataset._replace(mean=mean, std=std)
+    if len(dataset.classes) == 1 or len(dataset.train.labels) == len(dataset.classes):
+        few = "one class" if len(dataset.classes) == 1 else "one training image a class"
+        print(f"warning: {dataset.name} has {few}: its accuracies say nothing")
     return dataset
 
 
@@ -117,8 +123,8 @@ def to_device(split, device):
 def batches(split, dataset, device, plan, streams=((),), seeds=()):
     """Yield an epoch of (images, labels): float32 (B, 3, H, W), normalised; int64 (B,).
 
-    plan: (order, sizes) from `make_plan` for len(streams) * N images. streams: lists of functions (uint8 images,
-    generator) -> uint8 images; every image passes through each stream once. seeds: (seed, epoch), on which
+    plan: from `make_plan` for len(streams) * N images. streams: lists of functions (uint8 images, generator)
+    -> uint8 images; every image passes through each stream once. seeds: (seed, epoch), on which
     augmentation depends. dataset: provides the mean and std for normalisation.
     """
     order, sizes = plan
@@ -156,9 +162,8 @@ def make_plan(total, batch_size, seed=None, epoch=0, steps=None):
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
     if seed is None:
         return torch.arange(total), sizes
-    if len(sizes) > 1 and sizes[-1] == 1:
-        # Batch norm cannot train on one 1x1 map: merge a last batch of one image
-        sizes[-2:] = [sum(sizes[-2:])]
+    if len(sizes) > 1 and sizes[-1] == 1:  # batch norm cannot train on one 1x1 map
+        sizes[-2:] = [sizes[-2] + 1]
     generator = torch.Generator().manual_seed(seed_from(seed, epoch))
     passes = [torch.randperm(total, generator=generator) for _ in range(0, count, total)]
     return torch.cat(passes)[:count], sizes
@@ -204,40 +209,39 @@ def seed_from(*parts):
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest(), "little")
 
 
-def named(args):
-    """The arguments as {name: value}, with --data as it appears in a run's name."""
-    return {**vars(args), "data": key(args.data)}
-
-
 # Subsets
 
 
 def spec(names):
-    """Class names as a --classes value: sorted, one CSV row."""
+    """Class names as --classes takes them, in one spelling: sorted, as a row of CSV."""
     row = io.StringIO()
-    csv.writer(row, lineterminator="").writerow(sorted(names))
-    return row.getvalue()
+    csv.writer(row).writerow(sorted(names))
+    return row.getvalue().removesuffix("\r\n")
 
 
-def class_names(spec):
-    """The class names in a --classes value: a group's, or a comma-separated list."""
-    return GROUPS.get(spec) or tuple(name.strip() for name in spec.split(","))
+def pick(dataset, option, text):
+    """The class names, a tuple, in the text: a row of CSV with names of classes or, where no class is called so,
+    of GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
+    names = []
+    try:
+        typed = next(csv.reader([text]), [])
+    except csv.Error as error:
+        raise ValueError(f"{option} {text!r}: {error}") from None
+    for name in typed:
+        name = name if name in dataset.classes else name.strip()
+        names += [name] if name in dataset.classes else GROUPS.get(name, [name])
+    unknown = [name for name in names if name not in dataset.classes]
+    if unknown or not names:
+        what = f"no class {unknown[0]!r}" if unknown else "classes to choose from"
+        raise ValueError(f"{option} {text}: {dataset.name} has {what}; it has {', '.join(dataset.classes)}")
+    return tuple(dict.fromkeys(names))
 
 
-def check_classes(dataset, option, spec):
-    """The class names in a --classes value; raises ValueError for one that is not in the data set."""
-    names = class_names(spec)
-    for name in names:
-        if name not in dataset.classes:
-            raise ValueError(
-                f"{option}: {dataset.name} has no class {name!r}; it has {', '.join(dataset.classes)}"
-            )
-    return names
-
-
-def _select_classes(dataset, text):
-    names = check_classes(dataset, f"--classes {text}", text)
+def _select_classes(dataset, chosen):
+    names = pick(dataset, "--classes", chosen)
     kept = [label for label, name in enumerate(dataset.classes) if name in names]
+    if len(kept) == len(dataset.classes):
+        return dataset
     renumbered = torch.full((len(dataset.classes),), -1)
     renumbered[kept] = torch.arange(len(kept))
 
@@ -246,7 +250,7 @@ def _select_classes(dataset, text):
         return Split(split.images[rows], renumbered[split.labels[rows]])
 
     return dataset._replace(
-        only=None if len(kept) == len(dataset.classes) else spec(dataset.classes[label] for label in kept),
+        only=spec(names),
         classes=tuple(dataset.classes[label] for label in kept),
         **{name: part(getattr(dataset, name)) for name in SPLITS},
     )
@@ -256,27 +260,31 @@ def _subset(split, fraction):
     """The same number of images per class, at least one: the first of each class in a fixed random order, so
     that a smaller fraction is a subset of a larger one."""
     counts = torch.bincount(split.labels)
-    per_class = max(1, min(round(fraction * len(split.labels) / len(counts)), int(counts.min())))
-    rows = _per_class_shuffled(split.labels, [per_class] * len(counts))
+    asked = round(fraction * len(split.labels) / len(counts))
+    per_class = max(1, min(asked, int(counts.min())))
+    if per_class != asked:
+        print(
+            f"--fraction {fraction:g}: {per_class:,} training images a class (smallest: {counts.min():,}), not {asked:,}"
+        )
+    rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
 
 
-def _per_class_shuffled(labels, counts):
-    """Rows, int64, ascending, of counts[c] images of each class c, chosen with a fixed seed."""
+def _place_in_class(labels):
+    """Each image's place, from 0, in a random but fixed order of its class's images. labels: int64 (N,)."""
     generator = torch.Generator().manual_seed(0)
-    chosen = []
-    for label, count in enumerate(counts):
+    places = torch.empty_like(labels)
+    for label, count in enumerate(torch.bincount(labels).tolist()):
         rows = (labels == label).nonzero()[:, 0]
-        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:count]])
-    return torch.cat(chosen).sort().values
+        places[rows[torch.randperm(count, generator=generator)]] = torch.arange(count)
+    return places
 
 
-def _held_out(labels):
-    """A mask, bool (N,), of a tenth of each class, at least one image, with a fixed seed. labels: (N,)."""
-    counts = [max(1, round(count / 10)) for count in np.bincount(labels)]
-    mask = np.zeros(len(labels), bool)
-    mask[_per_class_shuffled(torch.from_numpy(labels), counts).numpy()] = True
-    return mask
+def _tenths(labels):
+    """How many tenths of its class lie before each image, in a fixed random order: a tenth has at least one
+    image, and those with 0, int64, are the first that is held out. labels: int64 (N,)."""
+    tenth = torch.tensor([max(1, round(count / 10)) for count in torch.bincount(labels).tolist()])
+    return _place_in_class(labels) // tenth[labels]
 
 
 def _mean_and_std(images):
@@ -300,236 +308,237 @@ def _fingerprint(splits):
     return digest.hexdigest()[:16]
 
 
-# Cache: one folder per data set, with each split's images and labels as .npy files, and meta.json
+# Cache: a file for each data set
 
 
-def _load_cached(root, cache_key, name, source, decode):
-    """The data set from the cache, decoded into it first if it is missing.
+def _load_cached(root, name, source, decode):
+    """The data set from its cache, decoded into it first if that is missing.
 
-    source: text that identifies the input: a cache with the same key and a different source is replaced.
-    decode(): returns the arguments of _write_cache after the folder.
+    name: of the file. source: identifies what is decoded: a cache of another source is replaced.
+    decode(): returns the class names and the three splits.
     """
-    digest = hashlib.sha256(source.encode(errors="surrogateescape")).hexdigest()[:16]
-    folder = root / "cache" / f"{cache_key}-{digest}"
-    dataset = _open_cache(folder, name)
+    file = root / "cache" / f"{name}.pt"
+    dataset = _open_cache(file, source)
     if dataset:
         return dataset
-    with runs.exclusive(root / "cache" / f".{folder.name}.lock"):
-        dataset = _open_cache(folder, name)  # another process may have written it meanwhile
+    with runs.exclusive(file.with_name(f".{name}.lock")):
+        dataset = _open_cache(file, source)  # another process may have written it meanwhile
         if dataset:
             return dataset
-        if folder.exists():
-            print(f"{folder} is damaged or out of date: decoding the images again")
-            shutil.rmtree(folder)
-        with _new_folder(folder) as temporary:
-            _write_cache(temporary, *decode())
-        for old in folder.parent.glob(f"{cache_key}-{'?' * 16}"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
-    return _open_cache(folder, name)
+        if file.exists():
+            print(f"{file} is damaged or out of date: decoding the images again", flush=True)
+        classes, splits = decode()
+        mean, std = _mean_and_std(splits[0].images)
+        dataset = Dataset(name, None, tuple(classes), *splits, mean, std, file, _fingerprint(splits))
+        kept = {field: getattr(dataset, field) for field in ("classes", "mean", "std", "fingerprint")}
+        kept |= {split: tuple(tensors) for split, tensors in zip(SPLITS, splits, strict=True)}
+        runs.write_atomically(file, {"version": CACHE_VERSION, "source": source, "dataset": kept})
+    return _open_cache(file, source) or dataset
 
 
-def _open_cache(folder, name):
-    """The data set in a cache; None if a file is missing or truncated."""
+def _open_cache(file, source=None):
+    """The data set in a cache, memory-mapped; None if the file is missing, damaged or of another source."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        fields = {field: meta[field] for field in ("mean", "std", "fingerprint")}
-        if meta["version"] == CACHE_VERSION:
-            return Dataset(name, None, tuple(meta["classes"]), *_open_splits(folder), **fields, cache=folder)
-    except (OSError, ValueError, EOFError, LookupError, TypeError):  # from numpy, json or a missing field
-        pass
-
-
-def _open_splits(folder, shuffled=True):
-    files = [[folder / f"{split}-{part}.npy" for part in Split._fields] for split in SPLITS]
-    return [Split(*(mapped(file, shuffled) for file in pair)) for pair in files]
-
-
-def _write_cache(folder, classes, splits):
-    """Write the files of a cache.
-
-    splits: {name: (labels, blocks)}; labels: array (N,); blocks: iterator of (images, unreadable), uint8
-    (n, 3, 32, 32) and list of (path, reason). Raises RuntimeError naming the unreadable files of all splits.
-    """
-    unreadable = []
-    for split, (labels, blocks) in splits.items():
-        blocks = runs.progress(blocks, f"decoding {split}", len(labels), lambda block: len(block[0]))
-        with open(folder / f"{split}-images.npy", "wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), 3, SIZE, SIZE)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for images, failures in blocks:
-                file.write(np.ascontiguousarray(images))
-                unreadable += failures
-            file.flush()
-            os.fsync(file.fileno())
-        np.save(folder / f"{split}-labels.npy", labels.astype(np.int64))
-    if unreadable:
-        names = ", ".join([str(path) for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
-        total = sum(len(labels) for labels, _ in splits.values())
-        text = f"{len(unreadable):,} of {total:,} images cannot be read, fix or remove them: {names}"
-        raise RuntimeError(f"{text} (the first: {unreadable[0][1]})")
-    splits = _open_splits(folder, shuffled=False)
-    mean, std = _mean_and_std(splits[0].images)
-    meta = {"version": CACHE_VERSION, "classes": list(classes), "mean": mean, "std": std}
-    (folder / "meta.json").write_text(json.dumps({**meta, "fingerprint": _fingerprint(splits)}))
-
-
-def mapped(path, shuffled=True):
-    """The array of an .npy file as a read-only, memory-mapped tensor. shuffled: for random access; disables
-    read-ahead, which would evict pages in use, in a file larger than half of the memory."""
-    array = np.load(path, mmap_mode="r")  # writable mode c would have to fit in memory
-    if shuffled and hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if array.nbytes > memory / 2:
-            array.base.madvise(mmap.MADV_RANDOM)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch has no read-only tensors
-        return torch.from_numpy(array)
-
-
-@contextlib.contextmanager
-def _new_folder(final):
-    """A temporary folder, renamed to `final` at the end of the block, or removed if the block fails."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in final.parent.glob(".unfinished-*"):  # of a process killed at least a day ago
-        if time.time() - leftover.stat().st_mtime > 86_400:
-            shutil.rmtree(leftover, ignore_errors=True)
-    unfinished = {"prefix": ".unfinished-", "dir": final.parent, "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**unfinished) as temporary:
-        yield Path(temporary)
-        os.chmod(temporary, 0o755)
-        if not final.is_dir():  # where locks do not work, another process may have been faster
-            os.rename(temporary, final)
-
-
-def key(data):
-    """`--data` as part of a file name: short, safe and unique. A folder inside the current one is identified
-    by its relative path, so that names survive moving the project."""
-    if data in NAMES:
-        return data
-    path = Path(data).resolve()
-    place = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    digest = hashlib.sha256(os.fsencode(place)).hexdigest()[:8]
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', path.name)[:40]}-{digest}"
+        saved = torch.load(file, mmap=True, weights_only=True)
+        if saved["version"] == CACHE_VERSION and source in (None, saved["source"]):
+            splits = {split: Split(*saved["dataset"].pop(split)) for split in SPLITS}
+            return Dataset(name=file.stem, only=None, cache=file, **splits, **saved["dataset"])
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
+        return None
 
 
 # A folder of images
 
 
-def _load_folder(folder, root, cache_key, name):
-    classes, files = _list_images(folder.resolve())
-    return _load_cached(root, cache_key, name, repr((classes, files)), lambda: _decode_folder(classes, files))
+def _load_folder(folder, root):
+    folder = folder.resolve()
+    safe = re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)[:40]
+    classes, files = _list_images(folder)
+    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", classes, files)
+    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *classes)}")
+
+
+def _digits(*texts):
+    """8 hexadecimal digits that stand for the texts."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+
+
+def _load_images(root, name, classes, files):
+    """The data set of files listed by _list_images. name: of its cache."""
+    listed = itertools.chain.from_iterable(files.values())
+    text = "\n".join(f"{path} {size} {modified}" for _, path, size, modified in listed)
+    source = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return _load_cached(root, name, source, lambda: (classes, _decode_splits(classes, files)))
 
 
 def _list_images(folder):
-    """Sorted class names, and {split: [[(path, bytes, modification time), ...] for each class]}.
+    """Sorted class names, and {split: [(class, path, bytes, modification time), ...]}.
 
-    Prints how many files are ignored. Raises OSError for a folder that is not a data set.
+    Prints what is ignored, and what is split off train. Raises OSError for a folder that is not a data set.
     """
-    places = {split: folder / split for split in SPLITS}
-    if (folder / "val").is_dir():
-        if places["valid"].is_dir():
-            raise FileExistsError(f"{folder} has both valid/ and val/: rename or remove one of them")
-        places["valid"] = folder / "val"
-    for split in ("train", "test"):
-        if not places[split].is_dir():
-            needs = "it needs train/<class>/* and test/<class>/*, and may have valid/<class>/*"
-            raise FileNotFoundError(f"{folder} has no folder {split}/: {needs}")
     ignored = collections.Counter()
-    found = {split: _list_split(place, ignored) for split, place in places.items() if place.is_dir()}
+    places = _find_splits(folder, ignored)
+    files = {split: _list_split(place, ignored) for split, place in places.items()}
     if ignored:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in ignored.most_common())
-        print(f"{ignored.total():,} files ignored: {kinds}")
-    classes = sorted(set().union(*found.values()))
+        kinds = [f"{count:,} {kind}" for kind, count in ignored.most_common(20)]
+        print(f"ignored in {folder}: {', '.join(kinds + ['...'] * (len(ignored) > 20))}")
+    entries = itertools.chain.from_iterable(place.iterdir() for place in places.values())
+    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
     if not classes:
-        raise FileNotFoundError(f"{places['train']} has no class folders: it needs train/<class>/*")
-    for split, name in itertools.product(found, classes):
-        if not found[split].get(name):
-            needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
-            raise FileNotFoundError(f"{places[split] / name} is missing or has no images: {needs}")
-    return classes, {split: [by_class[name] for name in classes] for split, by_class in found.items()}
+        needs = "train/<class>/* and test/<class>/*, or <class>/*"
+        raise FileNotFoundError(f"{places['train']} has no class folders: a data set needs {needs}")
+    missing = [split for split in SPLITS if split not in files]
+    for split, place in places.items():
+        counts = collections.Counter(name for name, *_ in files[split])
+        for name in classes:
+            if not counts[name]:
+                needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
+                raise FileNotFoundError(f"{place / name} is missing or has no images: {needs}")
+            if split == "train" and counts[name] <= len(missing):
+                raise FileNotFoundError(
+                    f"{place / name} has too few images to split off {' and '.join(missing)}"
+                )
+    if missing:
+        print(
+            f"{' and '.join(missing)} split off {places['train']}: a tenth of each class, with a fixed seed"
+        )
+    return classes, files
+
+
+def _find_splits(folder, ignored):
+    """{split: its folder} for the splits that there are, or {"train": folder} for class folders alone. Adds what
+    else there is to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
+    places, entries = {}, sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    for split, spellings in SPELLINGS.items():
+        similar = [name for name in folders if name.lower() in spellings]
+        names = similar if split == "valid" else [name for name in similar if name == split]
+        if len(names) > 1:
+            raise FileExistsError(
+                f"{folder} has both {names[0]}/ and {names[1]}/: rename or remove one of them"
+            )
+        if names:
+            places[split] = folder / names[0]
+        elif similar:
+            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {similar[0]}/? Rename it")
+    if not places:
+        names = ("train", "test", *SPELLINGS["valid"])
+        if folder.name.lower() in names and sum((folder.parent / name).is_dir() for name in names) > 1:
+            raise FileNotFoundError(f"{folder} is one split of a data set: use its parent, {folder.parent}")
+        for inner in folder.glob("*/train"):
+            raise FileNotFoundError(f"{folder} has no folder train/: did you mean {inner.parent}?")
+        return {"train": folder}
+    if "train" not in places:
+        raise FileNotFoundError(f"{folder} has no folder train/: it needs train/<class>/*")
+    others = [entry for entry in entries if entry not in places.values()]
+    ignored.update(f"{entry.name}/" if entry.is_dir() else entry.name for entry in others)
+    return places
 
 
 def _list_split(split, ignored):
-    """{class: [(path, bytes, modification time), ...]} of the images in and below a split's class folders, in
-    ImageFolder's order. Hidden files are skipped, others counted in `ignored`, a Counter, by kind."""
+    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders, sorted.
 
-    def fail(error):
-        raise error
+    Links are followed, but what is reached again counts once. Hidden files are skipped, others added to `ignored`.
+    """
+    files, seen, top = [], set(), os.path.realpath(split)
 
-    found = {}
-    for place, folders, files in os.walk(split, onerror=fail, followlinks=True):
-        for names in (folders, files):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-        inside = Path(place).relative_to(split).parts  # class folder, its subfolder, ...
-        images = found.setdefault(inside[0], []) if inside else None
-        for file in (os.path.join(place, name) for name in files):
-            suffix = os.path.splitext(file)[1].lower()
-            try:
-                info = os.stat(file)
-            except OSError:  # a broken link
-                info = None
-            if info is None or not stat.S_ISREG(info.st_mode):
+    def leads_back(real):  # to a folder above `top`, or to what is found in it anyway
+        parts = os.path.relpath(real, top).split(os.sep)
+        return {".", ".."}.issuperset(parts) or not any(part.startswith(".") for part in parts)
+
+    def visit(folder, real_folder, name):  # name: of the class; None in the split's own folder
+        folders = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            linked = entry.is_symlink()
+            real = os.path.realpath(entry.path) if linked else f"{real_folder}{os.sep}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if (linked and not os.path.exists(real)) or not (entry.is_file() or entry.is_dir()):
                 ignored["broken link or special file"] += 1
-            elif inside and suffix in IMAGE_SUFFIXES:
-                images.append((file, info.st_size, info.st_mtime_ns))
+            elif entry.is_file() and not (name and entry.name.lower().endswith(IMAGE_SUFFIXES)):
+                ignored[Path(entry.name).suffix.lower() or "without suffix" if name else entry.name] += 1
+            elif real in seen or (linked and leads_back(real)):
+                ignored["reached again through a link"] += 1
             else:
-                ignored[suffix or "without suffix"] += 1
-    return found
+                seen.add(real)
+                if entry.is_dir():
+                    folders.append((entry.path, real, name or entry.name))
+                else:
+                    info = entry.stat()
+                    files.append((name, entry.path, info.st_size, info.st_mtime_ns))
+        for arguments in folders:
+            visit(*arguments)
+
+    visit(split, top, None)
+    return files
 
 
-def _decode_folder(classes, files):
-    """Arguments of _write_cache. Without valid/, a tenth of train becomes the valid split."""
-    paths = {split: [path for found in files[split] for path, *_ in found] for split in files}
-    labels = {split: np.repeat(np.arange(len(classes)), list(map(len, files[split]))) for split in files}
-    if "valid" not in files:
-        for name, found in zip(classes, files["train"], strict=True):
-            if len(found) < 2:
-                raise RuntimeError(f"class {name!r} has one image in train/: too few to split off valid/")
-        held = _held_out(labels["train"])
-        for split, mask in (("valid", held), ("train", ~held)):
-            paths[split] = list(itertools.compress(paths["train"], mask))
-            labels[split] = labels["train"][mask]
-    return classes, {split: (labels[split], _decode(paths[split])) for split in SPLITS}
+def _decode_splits(classes, files):
+    """The three splits of the files. A split without files becomes a tenth of train."""
+    number = {name: label for label, name in enumerate(classes)}
+    missing = [split for split in SPLITS if split not in files]
+    train, files = files["train"], dict(files)
+    tenths = _tenths(torch.tensor([number[name] for name, *_ in train])).tolist()
+    for index, split in enumerate(missing):
+        files[split] = [file for file, tenth in zip(train, tenths, strict=True) if tenth == index]
+    files["train"] = [file for file, tenth in zip(train, tenths, strict=True) if tenth >= len(missing)]
+    listed = [file for split in SPLITS for file in files[split]]
+    images = torch.from_numpy(_decode([path for _, path, *_ in listed]))
+    labels = torch.tensor([number[name] for name, *_ in listed])
+    counts = [len(files[split]) for split in SPLITS]
+    return [*map(Split, images.split(counts), labels.split(counts))]
 
 
-def _decode(paths, block=500):
-    """Decode files on all cores: yield (images, unreadable) for _write_cache, `block` files at a time."""
-    blocks = [paths[start : start + block] for start in range(0, len(paths), block)]
-    # Fewer blocks are decoded sooner than processes start. Forked processes need semaphores, which Linux keeps
-    # in /dev/shm; some containers have none
-    parallel = len(blocks) >= 4 and os.access("/dev/shm", os.W_OK)
-    workers = min(len(os.sched_getaffinity(0)), len(blocks)) if parallel else 0
-    yield from torch.utils.data.DataLoader(
-        blocks, batch_size=None, collate_fn=_decode_block, num_workers=workers,
-        multiprocessing_context="fork" if workers else None, worker_init_fn=_leave_signals_to_the_parent,
-    )  # fmt: skip
+def _decode(paths, block=16):
+    """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming those that cannot be read."""
+    images, reading, warned = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), threading.local(), []
 
-
-def _leave_signals_to_the_parent(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _decode_block(paths):
-    images, unreadable = np.zeros((len(paths), 3, SIZE, SIZE), np.uint8), []
-    for row, path in enumerate(paths):
+    def read(row):  # returns what is wrong with the file, if anything
+        reading.path = paths[row]
         try:
-            images[row] = read_image(path)
+            images[row] = read_image(paths[row])
         except RuntimeError as error:
-            unreadable.append((path, str(error)))
-    return images, unreadable
+            return paths[row], error
+
+    def read_block(start):  # a task for each image would take a tenth longer
+        return [read(row) for row in range(start, min(start + block, len(paths)))]
+
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: warned.append(f"{reading.path}: {message}")
+        try:
+            results = itertools.chain.from_iterable(pool.map(read_block, range(0, len(paths), block)))
+            unreadable = [failure for failure in runs.progress(results, "decoding", len(paths)) if failure]
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if unreadable:
+        names = ", ".join([path for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
+        text = f"{len(unreadable):,} of {len(paths):,} images cannot be read, fix or remove them: {names}"
+        raise RuntimeError(f"{text} (the first: {unreadable[0][1]})")
+    if warned:
+        print(f"{len(warned):,} warnings from Pillow on images that it did read; the first: {warned[0]}")
+    return images
 
 
 def read_image(path):
-    """Any image file as RGB, uint8 array (3, 32, 32): transparency is dropped, 16-bit grey keeps its upper 8
-    bits, other sizes are resized (bilinear, antialiased). Raises RuntimeError naming the file."""
+    """Any image file as RGB, uint8 array (3, 32, 32): upright by its EXIF orientation, transparency over white,
+    16-bit grey by its upper 8 bits, the first of several frames. Other sizes are resized (bilinear, antialiased).
+
+    Raises RuntimeError naming the file, also where pixels have no defined range (float, 32-bit integer).
+    """
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-            if image.mode.startswith("I"):
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
+            image = ImageOps.exif_transpose(file)
+            if image.mode == "F" or (image.mode == "I" and file.format not in ("PNG", "PPM")):
+                raise ValueError(f"pixels of mode {image.mode}, 32 bits, have no defined range")
+            if image.mode.startswith("I"):  # 16 bits
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+            if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
             if image.size != (SIZE, SIZE):
                 image = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
@@ -545,89 +554,90 @@ def _load_cinic10(root):
     """From an unpacked folder, the cache, an archive, or the network, whichever is found first."""
     folders = [root / "cinic10", root / "CINIC-10", root]
     folder = next((f for f in folders if all((f / split).is_dir() for split in SPLITS)), None)
-    if folder is None:
-        for cache in (root / "cache").glob("cinic10-*"):  # whose images were removed after decoding
-            dataset = _open_cache(cache, "cinic10")
-            if dataset:
-                return dataset
-        folder = folders[0]
-        with runs.exclusive(root / ".cinic10.lock"):
-            if not folder.is_dir():  # else another process has unpacked it meanwhile
-                with _new_folder(folder) as temporary:
-                    _unpack_cinic10(root, temporary)
-    return _load_folder(folder, root, "cinic10", "cinic10")
-
-
-def _unpack_cinic10(root, folder):
-    """Unpack root/CINIC-10.tar.gz into a folder, downloading it first if it is missing.
-
-    Raises RuntimeError for a damaged archive, and for a member that would escape the folder.
-    """
-    from torchvision.datasets import utils
-
-    archive = root / "CINIC-10.tar.gz"
-    if not archive.exists():
-        _download_cinic10(folder / archive.name)
-        (folder / archive.name).rename(archive)
-    elif not utils.check_integrity(archive, CINIC10_MD5):
-        raise RuntimeError(f"{archive} is damaged or a different file (wrong MD5): remove it and try again")
-    print(f"unpacking {archive}", flush=True)
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")  # some torchvision versions do not filter
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
-
-
-def _download_cinic10(archive):
-    from torchvision.datasets import utils
-
-    for url in CINIC10_URLS:
-        print(f"downloading {url}", flush=True)
-        try:
-            with _download_settings():
-                utils.download_url(url, archive.parent, archive.name, CINIC10_MD5)
-            return
-        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            reason = str(error) or type(error).__name__
-            print(f"failed: {reason}")
-    raise RuntimeError(
-        f"CINIC-10 cannot be downloaded ({reason}): connect to the network, put {archive.name} from "
-        f"{CINIC10_URLS[0]} into the folder of --root, use --data cifar10, {OTHERWISE}"
-    )
-
-
-@contextlib.contextmanager
-def _download_settings():
-    """In the block, stalled connections fail after TIMEOUT, and progress bars appear only on a terminal."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
-    quiet = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
-    try:
-        with quiet:
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
+    if not folder:
+        dataset = _open_cache(root / "cache" / "cinic10.pt")  # whose images were removed after decoding
+        if dataset:
+            return dataset
+        folder = _unpack(root, "cinic10", "CINIC-10.tar.gz", CINIC10_URLS, CINIC10_MD5)
+    classes, files = _list_images(folder.resolve())
+    if tuple(classes) != CLASSES:
+        raise RuntimeError(f"{folder} is not CINIC-10: it has the classes {', '.join(classes)}")
+    return _load_images(root, "cinic10", classes, files)
 
 
 def _cifar10(root):
-    """Arguments of _write_cache. 5,000 of 50,000 training images, 500 per class, become the valid split."""
+    """Class names and splits. 5,000 of 50,000 training images, 500 per class, become the valid split."""
     from torchvision.datasets import CIFAR10
 
+    folder = root  # where torchvision unpacks it
+    if not (folder / CIFAR10.base_folder).is_dir():
+        folder = _unpack(root, "cifar10", CIFAR10.filename, [CIFAR10.url], CIFAR10.tgz_md5)
     try:
-        with _download_settings():
-            train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise RuntimeError(
-            f"CIFAR-10 cannot be downloaded ({error}): connect to the network, put {CIFAR10.filename} from "
-            f"{CIFAR10.url} into {root}, {OTHERWISE}"
-        ) from error
-    held = _held_out(np.array(train.targets))
-    parts = {"train": (train, ~held), "valid": (train, held), "test": (test, slice(None))}
-    return train.classes, {
-        split: (np.array(part.targets)[rows], [(part.data[rows].transpose(0, 3, 1, 2), [])])
-        for split, (part, rows) in parts.items()
-    }
+        parts = [CIFAR10(folder, train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise RuntimeError(f"{folder / CIFAR10.base_folder} is damaged: remove it and try again") from error
+    train, test = (
+        Split(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), torch.tensor(part.targets))
+        for part in parts
+    )
+    held = _tenths(train.labels) == 0
+    train, valid = (Split(train.images[mask], train.labels[mask]) for mask in (~held, held))
+    return parts[0].classes, (train, valid, test)
+
+
+def _unpack(root, name, filename, urls, md5):
+    """The folder root/name, unpacked from root/filename, which is downloaded first, if they are missing.
+
+    Raises RuntimeError for an archive that is damaged, cannot be downloaded, or would write outside the folder.
+    """
+    from torchvision.datasets.utils import check_integrity
+
+    folder, archive, unfinished = root / name, root / filename, root / f".{name}-unfinished"
+    with runs.exclusive(root / f".{name}.lock"):
+        if folder.is_dir():  # another process has unpacked it meanwhile
+            return folder
+        try:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
+            unfinished.mkdir()
+            if not archive.exists():
+                _download(urls, unfinished / filename, md5)
+                os.rename(unfinished / filename, archive)
+            elif not check_integrity(archive, md5):
+                raise RuntimeError(
+                    f"{archive} is damaged or another file (wrong MD5): remove it and try again"
+                )
+            print(f"unpacking {archive}", flush=True)
+            with tarfile.open(archive) as tar:
+                tar.extractall(unfinished, filter="data")
+            os.rename(unfinished, folder)
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise RuntimeError(f"{archive} cannot be unpacked ({error})") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def _download(urls, file, md5):
+    """Download a file from the first of several URLs that has it."""
+    from torchvision.datasets.utils import check_integrity
+
+    for url in urls:
+        print(f"downloading {url}", flush=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"})
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(file, "wb") as target:
+                blocks = iter(lambda: response.read(2**16), b"")
+                target.writelines(runs.progress(blocks, file.name, response.length or 0, len))
+            if check_integrity(file, md5):
+                return
+            reason = "cut off, or another file (wrong MD5)"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(error) or type(error).__name__
+        print(f"failed: {reason}")
+    raise RuntimeError(
+        f"{file.name} cannot be downloaded ({reason}): connect to the network, put {file.name} from {urls[0]} into "
+        "the folder of --root, or use --data cifar10, --data PATH (your own folder) or --data synthetic (no download)"
+    )
 
 
 # Generated images
@@ -643,14 +653,12 @@ def synthetic(counts=(2000, 500, 1000)):
     for split, count in enumerate(counts):
         generator = torch.Generator().manual_seed(seed_from("synthetic", split))
         labels = torch.arange(count) % len(CLASSES)
-        splits.append(Split(_draw(labels, generator), labels))
+        splits.append(Split(_paint(labels, generator), labels))
     mean, std = _mean_and_std(splits[0].images)
-    return Dataset(
-        "synthetic", None, CLASSES, *splits, mean, std, cache=None, fingerprint=_fingerprint(splits)
-    )
+    return Dataset("synthetic", None, CLASSES, *splits, mean, std, None, _fingerprint(splits))
 
 
-def _draw(labels, generator):
+def _paint(labels, generator):
     """One image for each label, uint8 (N, 3, 32, 32). Only with operations that every CPU rounds alike: sqrt,
     cos and randn differ between processors."""
 
@@ -698,11 +706,17 @@ def _draw(labels, generator):
 
 def describe(dataset):
     """Describe a data set in a few lines of text."""
+
+    def a_class(split):  # images of the smallest and of the largest class
+        counts = torch.bincount(split.labels)
+        return " to ".join(f"{count:,}" for count in sorted({int(counts.min()), int(counts.max())}))
+
     splits = {name: getattr(dataset, name) for name in SPLITS}
     bytes_used = sum(split.images.nbytes + split.labels.nbytes for split in splits.values())
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
         "images:  " + ", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()),
+        "a class: " + ", ".join(f"{name} {a_class(split)}" for name, split in splits.items()),
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
         f"bytes:   {bytes_used:,}",
@@ -722,7 +736,10 @@ def add_arguments(parser, classes=True):
     add("--fraction", type=runs.number(float, 0, 1, (1,)), default=1.0, help=f"{part} (default: all)")
     parser.set_defaults(classes=None)
     if classes:
-        add("--classes", help="use only these classes: vehicles, animals, or names such as cat,dog")
+        add(
+            "--classes",
+            help="use only these classes: vehicles, animals, or names such as cat,dog or '\"a, b\",c'",
+        )
 
 
 def main():

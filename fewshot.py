@@ -2,14 +2,14 @@
 
     python fewshot.py --fraction 0.01 --seed 1 2 3
     python fewshot.py --data synthetic --fraction 0.1 --episodes 300
-    python fewshot.py --fraction 0.001 --query 2 --shot 5 --way 5
 
 An episode draws `way` classes. The prototype of each is the mean embedding of `shot` support images; `query`
 other images, flipped and autoaugmented, are classified by their distance to the prototypes. For the test, all
 images of the fraction are embedded, k-means splits each class into sub-prototypes, and every test image gets
 the class of the nearest one. Beyond the study, train.py with a schedule is more accurate on the same images:
 
-    python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle --batch-size 32 --steps-per-epoch 300
+    python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle \\
+        --batch-size 32 --steps-per-epoch 300
 """
 
 import torch
@@ -22,7 +22,7 @@ import models
 import runs
 import train
 
-# Query images per class in an episode, for the slides' fractions; others use the next smaller one's
+# Query images per class in an episode, for the study's fractions; others use the next smaller one's
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 EPOCH = 100  # episodes drawn and augmented together: one epoch in the history
 VALIDATION_EPISODES = 600
@@ -31,39 +31,49 @@ KMEANS_STEPS = 300  # at most, per start
 BATCH = 256  # embeddings classified at a time
 
 
-# Episodes
+def recipe(fraction):
+    """The study's way, shot and query for a fraction of the training images."""
+    query = next((q for p, q in reversed(QUERIES.items()) if p <= fraction), QUERIES[0.001])
+    return {"way": 5, "shot": 5, "query": query}
 
 
-def draw_episodes(labels, count, way, shot, query, generator):
-    """The image rows, int64 (count, way, shot + query), of `count` episodes, none of which repeats an image or
-    a class. labels: int64 (N,), on the CPU. Raises ValueError for too few classes."""
+def load(args, device):
+    """The data set. Puts way, shot and query into args where they are None: the recipe's or, for few classes,
+    fewer ways and, for few images, fewer queries, down to two, then fewer shots, then one query. Raises
+    ValueError if there are too few classes or images."""
+    dataset = train.load(args, device)
+    splits, number = ("train", "valid"), len(dataset.classes)
+    sizes = torch.stack([torch.bincount(getattr(dataset, name).labels.cpu()) for name in splits])
+    fewest = int(sizes.min())
+    wanted = {name: getattr(args, name) or size for name, size in recipe(args.fraction).items()}
+    way = args.way or max(2, min(wanted["way"], number))
+    left = max(fewest - wanted["shot"], 1 if args.shot or fewest < 3 else 2)  # for queries
+    query = args.query or min(wanted["query"], left)
+    shot = args.shot or max(1, min(wanted["shot"], fewest - query))
+    options = f"--way {way} --shot {shot} --query {query}"
+    smallest = zip(splits, sizes.amin(dim=1), sizes.argmin(dim=1), strict=True)
+    smallest = [f"{n} images in {name} ({dataset.classes[label]})" for name, n, label in smallest]
+    found = f"{number} classes, the smallest with {' and '.join(smallest)}"
+    if way > number or shot + query > fewest:
+        raise ValueError(f"{found}: too few for {options}; lower them or use more images")
+    if [way, shot, query] != list(wanted.values()):
+        print(f"{found}: episodes have {options}")
+    args.way, args.shot, args.query = way, shot, query
+    return dataset
+
+
+def episode_rows(labels, count, way, shot, query, generator):
+    """The support's image rows, int64 (count, way * shot), and the queries', int64 (count, way * query), of
+    `count` episodes, by class. No episode repeats an image or a class. labels: int64 (N,), on the CPU."""
     sizes = torch.bincount(labels)
-    if len(sizes) < way:
-        raise ValueError(f"--way {way}: there are only {len(sizes)} classes")
     rows = torch.full((len(sizes), int(sizes.max())), -1)
     for label, size in enumerate(sizes.tolist()):
         rows[label, :size] = (labels == label).nonzero()[:, 0]
     classes = torch.rand(count, len(sizes), generator=generator).argsort(1)[:, :way]
     scores = torch.rand(count, way, rows.shape[1], generator=generator)
     scores = scores.masked_fill_(rows[classes] < 0, -1)  # padding is drawn last
-    return rows[classes].gather(2, scores.topk(shot + query, dim=2).indices)
-
-
-def check_sizes(split, name, args, classes):
-    """Raise ValueError if a class of a split cannot fill an episode."""
-    sizes = torch.bincount(split.labels.cpu(), minlength=len(classes))
-    smallest = int(sizes.argmin())
-    if sizes[smallest] < args.shot + args.query:
-        remedy = "lower them or raise --fraction" if name == "train" and args.fraction < 1 else "lower them"
-        raise ValueError(
-            f"class {classes[smallest]} has {sizes[smallest]} images in {name}, but an episode needs "
-            f"--shot {args.shot} and --query {args.query}: {remedy}"
-        )
-
-
-def default_query(fraction):
-    """The slides' number of query images per class for a fraction."""
-    return next((q for p, q in reversed(QUERIES.items()) if p <= fraction), QUERIES[0.001])
+    rows = rows[classes].gather(2, scores.topk(shot + query, dim=2).indices)
+    return rows[:, :, :shot].flatten(1), rows[:, :, shot:].flatten(1)
 
 
 class Prototypes(torch.nn.Module):
@@ -78,33 +88,25 @@ class Prototypes(torch.nn.Module):
         self.embedding, self.way, self.shot = embedding, way, shot
 
     def forward(self, images):
-        return episode_logits(self.embedding(images), self.way, self.shot)
-
-
-def episode_logits(embeddings, way, shot):
-    """The logits of Prototypes, from embeddings, float (way * (shot + query), D)."""
-    support, query = embeddings[: way * shot], embeddings[way * shot :]
-    prototypes = support.view(way, shot, -1).mean(1)
-    return -(query[:, None] - prototypes).square().sum(2)
+        embeddings = self.embedding(images)
+        support, query = embeddings[: self.way * self.shot], embeddings[self.way * self.shot :]
+        prototypes = support.view(self.way, self.shot, -1).mean(1)
+        return -(query[:, None] - prototypes).square().sum(2)
 
 
 def episodes(run, count, generator, stream):
     """Yield `count` episodes (images, labels): float (way * (shot + query), 3, H, W), support first; int64
     (way * query,), class indices within the episode. The stream augments all episodes' queries at once."""
     args, split = run.args, run.dataset.train
-    rows = draw_episodes(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
-    rows = data.upload(rows, split.images.device)
-    support = split.images[rows[:, :, : args.shot].flatten()].to(run.device)
-    query = split.images[rows[:, :, args.shot :].flatten()].to(run.device)
+    rows = episode_rows(split.labels.cpu(), count, args.way, args.shot, args.query, generator)
+    places = (data.upload(part.flatten(), split.images.device) for part in rows)
+    support, query = (split.images[place].to(run.device) for place in places)
     for augmentation in stream:
         query = augmentation(query, generator)
     labels = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
     support, query = (data.normalise(images, run.dataset) for images in (support, query))
     for parts in zip(support.chunk(count), query.chunk(count), strict=True):
         yield torch.cat(parts), labels
-
-
-# Test: sub-prototypes
 
 
 def kmeans(points, clusters, generator, starts=10):
@@ -137,11 +139,8 @@ def embed(run, model, split):
     """Embeddings of a whole split, float (N, 64), without augmentation."""
     autocast, _ = train.mixed_precision(run)
     model.eval()
-    parts = []
-    for images, _ in train.evaluation_batches(run, split):
-        with autocast:
-            parts.append(model(images))
-    return torch.cat(parts)
+    with autocast:
+        return torch.cat([model(images) for images, _ in train.evaluation_batches(run, split)])
 
 
 def classify(embeddings, labels, points, owners, num_classes):
@@ -155,18 +154,12 @@ def classify(embeddings, labels, points, owners, num_classes):
     return totals
 
 
-# A run
-
-
 def train_embedding(run):
     """Train on episodes, then test. Returns weights and the run's part of the result file."""
-    args, dataset = run.args, run.dataset
-    for name in ("train", "valid"):
-        check_sizes(getattr(dataset, name), name, args, dataset.classes)
+    args = run.args
     torch.manual_seed(run.seed)
-    model = models.FewShotEmbedding()
+    model = models.FewShotEmbedding().to(run.device, memory_format=data.memory_format(run.device))
     network = Prototypes(model, args.way, args.shot)
-    network = network.to(run.device, memory_format=data.memory_format(run.device))
     print(f"embedding: {train.describe(model, run)}; an epoch is {EPOCH} episodes")
     (stream,) = augment.parse("flip+autoaugment")
     steps = [min(EPOCH, args.episodes - start) for start in range(0, args.episodes, EPOCH)]
@@ -202,25 +195,23 @@ def validate(run, model):
     args, split = run.args, run.dataset.valid
     embeddings = embed(run, model, split)  # once: they are the same in every episode
     generator = torch.Generator().manual_seed(data.seed_from("validation"))
-    shape = (VALIDATION_EPISODES, args.way, args.shot, args.query)
-    rows = draw_episodes(split.labels.cpu(), *shape, generator)
-    support, query = rows.to(run.device).split([args.shot, args.query], dim=2)
+    count, labels = VALIDATION_EPISODES, split.labels.cpu()
+    rows = episode_rows(labels, count, args.way, args.shot, args.query, generator)
+    rows = torch.cat(rows, dim=1).to(run.device)
     truth = torch.arange(args.way, device=run.device).repeat_interleave(args.query)
-    hits = []
-    for support_rows, query_rows in zip(support, query, strict=True):
-        parts = torch.cat([embeddings[support_rows].flatten(0, 1), embeddings[query_rows].flatten(0, 1)])
-        hits.append((episode_logits(parts, args.way, args.shot).argmax(1) == truth).sum())
-    hits = torch.stack(hits).cpu().double() / len(truth)
+    classifier = Prototypes(torch.nn.Identity(), args.way, args.shot)
+    hits = torch.stack([(classifier(embeddings[row]).argmax(1) == truth).sum() for row in rows])
+    hits = hits.cpu().double() / len(truth)
     interval = 1.96 * hits.std() / len(hits) ** 0.5
     return {"count": len(hits), "accuracy": hits.mean().item(), "confidence95": interval.item()}
 
 
 def show(outcome):
     valid = outcome["episodes"]
-    interval = f"{valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
-    print(f"\n{valid['count']} validation episodes: accuracy {interval}")
-    sub = f"{SUB_PROTOTYPES} sub-prototypes per class"
-    names = {"test": sub, "one_prototype": "1 prototype per class", "nearest_image": "nearest training image"}
+    accuracy = f"accuracy {valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
+    print(f"\n{valid['count']} validation episodes: {accuracy}")
+    names = {"test": f"{SUB_PROTOTYPES} sub-prototypes per class", "one_prototype": "1 prototype per class"}
+    names["nearest_image"] = "nearest training image"
     rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in names.items()]
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
@@ -228,12 +219,11 @@ def show(outcome):
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    group = parser.add_argument_group("episodes")
-    add, count = group.add_argument, runs.number(int, 0)
-    slides = ", ".join(f"{q} at {p}" for p, q in QUERIES.items())
-    add("--way", type=runs.number(int, 1), default=5, help="classes (default: %(default)s)")
-    add("--shot", type=count, default=5, help="support images per class (default: %(default)s)")
-    add("--query", type=count, help=f"query images per class (default: as on the slides, {slides})")
+    add, count = parser.add_argument_group("episodes").add_argument, runs.number(int, 0)
+    queries, small = ", ".join(f"{q} at {p}" for p, q in QUERIES.items()), "fewer on small data"
+    add("--way", type=runs.number(int, 1), help=f"classes (default: 5, {small})")
+    add("--shot", type=count, help=f"support images per class (default: 5, {small})")
+    add("--query", type=count, help=f"query images per class (default: {queries}, {small})")
     add("--episodes", type=count, default=3000, help="(default: %(default)s)")
     train.add_training_arguments(parser)
     runs.add_arguments(parser)
@@ -244,19 +234,20 @@ def make_parser():
 def parse_arguments(argv=None):
     args = make_parser().parse_args(argv)
     train.check_arguments(args)
-    args.query = args.query or default_query(args.fraction)
     return args
 
 
 def run_name(args, data, only=None):
+    """The folder name of a run. data: the data set's name; only: its `only`."""
+    sizes = recipe(args.fraction)
     settings = {**vars(args), "data": data, "classes": only}
-    defaults = vars(make_parser().parse_args([]))
-    defaults |= {"fraction": args.fraction, "query": default_query(args.fraction)}
+    settings |= {name: settings[name] or size for name, size in sizes.items()}  # None: not chosen yet
+    defaults = {**vars(make_parser().parse_args([])), **sizes, "fraction": args.fraction}
     return runs.run_name(("fewshot", f"p{args.fraction!r}"), settings, defaults)
 
 
 def main():
-    folder, results = runs.run_seeds(parse_arguments(), run_name, train.load, train_embedding)
+    folder, results = runs.run_seeds(parse_arguments(), run_name, load, train_embedding)
     train.print_results(folder.name, results)
 
 

@@ -1,12 +1,12 @@
 """A mixture of experts: a gating network learns how to weight three frozen networks, image by image.
 
     python moe.py --seed 1 2 3                                # on CINIC-10; trains missing experts first
-    python moe.py --data path/to/folder --fraction 0.25 --epochs 3
-    python moe.py --train-adapters --adapter-width 512 --animals all    # trained as two bases, sized as three
+    python moe.py --data path/to/folder --experts cat,dog bird,frog,horse --fraction 0.25 --epochs 3
+    python moe.py --experts vehicles animals --train-adapters --adapter-width 512    # as large as three bases
 
-The experts are custom networks with hybrid augmentation and dropout 0.2, the best on the slides: one trained
-on all classes (the base), one on vehicles, one on animals; two more bases with other seeds for comparison.
-Those that `train.py` left in --out are reused, others trained first: five for seed 1, nine for seeds 1 2 3.
+The experts are custom networks with hybrid augmentation and dropout 0.2, the study's best, and the mixture's
+other settings: one trained on all classes (the base), one on each group of --experts; two more bases with
+other seeds for comparison. Those that `train.py` left in --out are reused, the others trained first.
 """
 
 import torch
@@ -18,31 +18,29 @@ import models
 import runs
 import train
 
-EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the slides leave the experts' recipe open: this is their best
-SHARED = ("data", "root", "fraction", "epochs", "batch_size", "device", "amp", "graph", "out",
-          "checkpoint_every")  # fmt: skip
+EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the study leaves the experts' recipe open: this is its best
+EXPERTS = ["airplane,automobile,ship,truck", "cat,deer,dog,horse"]  # vehicles, and animals that get confused
 ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
-# Keys of a result file and their row labels in tables
-ROWS = {
+ROWS = {  # keys of a result file, and their labels in tables
     "test": "mixture",
     "base": "base network",
     "pair": "ensemble of two bases",
     "ensemble": "ensemble of three bases",
 }
-BATCH = 256  # images evaluated at a time, from their features
-TRUNK = 4096  # features of a custom network's trunk
 
 
-def specialties(args):
-    """The classes of each expert, as a --classes value; None means all."""
-    return (None, "vehicles", "animals" if args.animals == "all" else args.animals)
+def group_name(group):
+    """The name of a group of --experts in tables: `vehicles`, `animals`, or its classes joined by +."""
+    known = {data.spec(classes): name for name, classes in data.GROUPS.items()}
+    return known.get(group, group.replace(",", "+"))
 
 
-def expert(args, seed, classes=None):
-    """A frozen custom network in eval mode, trained by `train.py`, now if its result is missing."""
-    settings, shared = train.make_parser().parse_args([]), {name: getattr(args, name) for name in SHARED}
-    vars(settings).update(shared, **EXPERT, seed=[seed], classes=classes)
-    train.check_arguments(settings)
+def expert(args, seed, group=None):
+    """A frozen custom network in eval mode, of a group of classes or, if None, of all, with the settings that
+    train.py and args have in common. It is trained now if its result is missing."""
+    settings = train.make_parser().parse_args([])
+    shared = {name: value for name, value in vars(args).items() if name in settings}
+    vars(settings).update(shared, **EXPERT, seed=[seed], classes=group, force=False)
     folder, _ = runs.run_seeds(settings, train.run_name, train.load, train.train)
     return models.load(folder / f"seed{seed}.pt").requires_grad_(False)
 
@@ -50,11 +48,10 @@ def expert(args, seed, classes=None):
 @torch.no_grad()
 def features(run, networks, model, split):
     """A Split of the experts' features of every image, (N, experts, width), or (N, experts, 4096) to train
-    adapters, in the compute dtype, on the device if it fits. Computed once: experts are frozen, and the gating
-    network is trained on images without augmentation.
-    """
+    adapters, in the compute dtype, on the device if it fits. Computed once: the experts are frozen, and the
+    gating network is trained on images without augmentation."""
     autocast, _ = train.mixed_precision(run)
-    width = TRUNK if run.args.train_adapters else run.args.adapter_width
+    width = 4096 if run.args.train_adapters else run.args.adapter_width
     seen, start = torch.empty(len(split.labels), len(networks), width, dtype=run.dtype), 0
     for images, _ in train.evaluation_batches(run, split):
         with autocast:
@@ -65,9 +62,9 @@ def features(run, networks, model, split):
     return data.to_device(data.Split(seen, split.labels.cpu()), run.device)
 
 
-def feature_batches(split, plan, device):
-    """Yield (features, labels) on the device. split: data.Split of features; plan: from `data.plan`."""
-    order, sizes = plan
+def feature_batches(split, device, batch_size=256, seed=None, epoch=0):
+    """Yield (features, labels) on the device. split: of features; the order is that of `data.make_plan`."""
+    order, sizes = data.make_plan(len(split.labels), batch_size, seed, epoch)
     for rows in data.upload(order, split.labels.device).split(sizes):
         yield data.upload(split.images[rows], device).float(), data.upload(split.labels[rows], device)
 
@@ -75,7 +72,7 @@ def feature_batches(split, plan, device):
 def train_gate(run):
     """Train gating network, classifier and, if asked, adapters. Returns weights and part of the result."""
     args, dataset, device, classes = run.args, run.dataset, run.device, len(run.dataset.classes)
-    networks = [expert(args, run.seed, part) for part in specialties(args)]
+    networks = [expert(args, run.seed, group) for group in (None, *args.experts)]
     bases = [networks[0] if seed == run.seed else expert(args, seed) for seed in ENSEMBLE]
     for network in (*networks, *bases):
         network.to(device, memory_format=data.memory_format(device))
@@ -86,21 +83,19 @@ def train_gate(run):
     model = model.to(device)
     print(f"mixture: {train.describe(model, run)}")
     seen = {name: features(run, networks, model, getattr(dataset, name)) for name in data.SPLITS}
-    count = len(dataset.train.labels)
 
     def train_batches(epoch):
-        return feature_batches(seen["train"], data.make_plan(count, args.batch_size, run.seed, epoch), device)
+        return feature_batches(seen["train"], device, args.batch_size, run.seed, epoch)
 
-    def batches(name):
-        return feature_batches(seen[name], data.make_plan(len(seen[name].labels), BATCH), device)
+    def valid_batches():
+        return feature_batches(seen["valid"], device)
 
-    steps = [-(-count // args.batch_size)] * args.epochs
-    history = train.fit(run, model, classes, steps, train_batches, lambda: batches("valid"))
-    totals = train.evaluate(run, model, batches("test"), classes)
+    _, sizes = data.make_plan(len(dataset.train.labels), args.batch_size, run.seed)
+    history = train.fit(run, model, classes, [len(sizes)] * args.epochs, train_batches, valid_batches)
+    totals = train.evaluate(run, model, feature_batches(seen["test"], device), classes)
     outcome |= {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
-    outcome["gate"] = gate_by_class(model, batches("test"), classes)
-    outcome["cost"] = cost(args, networks, model, dataset)
-    show(dataset, outcome)
+    outcome["gate"] = gate_by_class(model, feature_batches(seen["test"], device), classes)
+    show(run, outcome)
     return {"arch": "moe", "state_dict": model.state_dict()}, outcome
 
 
@@ -126,51 +121,36 @@ def average(run, networks):
     return totals
 
 
-def cost(args, networks, model, dataset):
-    """For each of ROWS: its parameters, and its networks' training images, as a multiple of one base's. The
-    gating network is not counted: it is trained on features."""
-    sizes = torch.bincount(dataset.train.labels.cpu(), minlength=len(dataset.classes)).tolist()
-    by_name = dict(zip(dataset.classes, sizes, strict=True))
-    groups = [data.class_names(part) if part else dataset.classes for part in specialties(args)]
-    seen = sum(by_name[name] for group in groups for name in group)
-    base = sum(p.numel() for p in networks[0].parameters())
-    parts = (model, *(network.features for network in networks))
-    size = sum(p.numel() for part in parts for p in part.parameters())
-    costs = {"test": {"parameters": size, "bases": seen / sum(sizes)}}
-    for count, name in enumerate(("base", "pair", "ensemble"), start=1):
-        costs[name] = {"parameters": count * base, "bases": count}
-    return costs
-
-
-def show(dataset, outcome):
-    gate = zip(dataset.classes, outcome["gate"], strict=True)
+def show(run, outcome):
+    gate = zip(run.dataset.classes, outcome["gate"], strict=True)
     rows = [[name, *(f"{weight:.3f}" for weight in row)] for name, row in gate]
-    print("\nmean weight of each expert, test split")
-    print(tabulate(rows, ["true class", "base", "vehicles", "animals"], disable_numparse=True))
-    rows = []
-    for key, name in ROWS.items():
-        measured = [f"{outcome[key][m]:.4f}" for m in train.METRICS]
-        costs = outcome["cost"][key]
-        rows.append([name, *measured, f"{costs['parameters']:,}", f"{costs['bases']:.1f}"])
-    headers = ["test split", *train.METRICS, "parameters", "training cost, in bases"]
-    print("\n" + tabulate(rows, headers, disable_numparse=True))
+    headers = ["true class", "base", *map(group_name, run.args.experts)]
+    print(f"\nmean weight of each expert, test split\n{tabulate(rows, headers, disable_numparse=True)}")
+    rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in ROWS.items()]
+    print("\n" + tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
 
 
 def load(args, device):
-    """The data set; raises ValueError if it lacks the experts' classes."""
+    """The data set; puts --experts into one spelling. Raises ValueError for a class that it lacks, and for a
+    group of a single class, of all classes, or given twice."""
     dataset = train.load(args, device)
-    for option, spec in zip(("the vehicles expert", "--animals"), specialties(args)[1:], strict=True):
-        data.check_classes(dataset, option, spec)
+    option = "--experts" if args.experts != EXPERTS else "give --experts instead of the default"
+    groups = [data.pick(dataset, option, group) for group in args.experts]
+    args.experts = [data.spec(names) for names in groups]
+    unusable = {1, len(dataset.classes)} & {len(names) for names in groups}
+    if unusable or len(set(args.experts)) < len(groups):
+        rule = "each group has two classes or more, but not all, and is given once"
+        raise ValueError(f"--experts {' '.join(args.experts)}: {rule}")
     return dataset
 
 
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser, classes=False)
-    group = parser.add_argument_group("mixture")
-    add = group.add_argument
-    add("--animals", default="cat,dog,deer,horse",
-        help="classes of the animals expert, or all (default: %(default)s, which get confused)")  # fmt: skip
+    add = parser.add_argument_group("mixture").add_argument
+    add("--experts", nargs="+", default=EXPERTS, metavar="CLASSES",
+        help="classes of each expert beside the base: vehicles, animals, or names such as cat,dog (default: "
+        "vehicles cat,deer,dog,horse; these animals get confused)")  # fmt: skip
     add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
         help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
     add("--train-adapters", action="store_true", help="train the layers between experts and gating network; "
@@ -185,10 +165,13 @@ def make_parser():
 def parse_arguments(argv=None):
     args = make_parser().parse_args(argv)
     train.check_arguments(args)
+    if args.batch_size == 1:
+        raise ValueError("--batch-size 1: the gating network needs 2 or more images (batch norm)")
     return args
 
 
 def run_name(args, data, only=None):
+    """The folder name of a run. data: the data set's name; only: its `only`."""
     settings = {**vars(args), "data": data, "classes": only}
     return runs.run_name(("moe",), settings, vars(make_parser().parse_args([])))
 

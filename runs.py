@@ -48,7 +48,7 @@ TAGS = {
     "steps_per_epoch": "steps", "lr": "lr", "optimizer": "", "momentum": "momentum", "weight_decay": "wd",
     "dropout": "dropout", "pretrained": "pretrained", "stem": "stem-", "schedule": "", "label_smoothing": "smooth",
     "amp": "amp-", "way": "way", "shot": "shot", "query": "query", "episodes": "episodes",
-    "experts": "experts-", "animals": "animals-", "train_adapters": "adapters", "adapter_width": "width",
+    "experts": "experts-", "train_adapters": "adapters", "adapter_width": "width",
 }  # fmt: skip
 
 

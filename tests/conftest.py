@@ -214,6 +214,10 @@ class Reads(TorchDispatchMode):
 
 
 def pytest_collection_modifyitems(items):
-    """Run tests that start no script first: most failures then show within a minute."""
-    slow = ("test_trust.py", "test_study.py", "test_benchmark.py")
+    """Skip what needs a GPU where there is none. Run tests that start no script first: most failures then show within
+    a minute."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    slow = ("test_trust.py", "test_run_all.py", "test_benchmark.py")
     items.sort(key=lambda item: "run" in item.fixturenames or item.path.name in slow)

@@ -6,82 +6,100 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same_bits
+from torch.nn import functional as F
 
+import data
 import models
 import moe
+import runs
 import train
 
-
-def test_mixture_layer_by_layer_and_its_weights_sum_to_1():
-    model = models.MixtureOfExperts().eval()
-    shapes = {}
-    for name, layer in model.named_modules():
-        layer.register_forward_hook(
-            lambda _, __, output, name=name: shapes.update({name: tuple(output.shape[1:])})
-        )
-    features = torch.randn(5, 3, 4096)
-    logits = model(features)
-    assert logits.shape == (5, 10)
-    assert [shapes[f"adapters.{i}"] for i in range(3)] == [(1280,)] * 3
-    assert [shapes[f"gate.{i}"] for i in range(10)] == [(64,)] * 4 + [(32,)] * 4 + [(3,)] * 2
-    assert [shapes[f"classifier.{i}"] for i in range(3)] == [(64,), (64,), (10,)]
-    adapted = torch.stack([model.adapters[i](features[:, i]) for i in range(3)], 1)
-    weights = model.gate(adapted.mean(1))
-    assert torch.allclose(weights.sum(1), torch.ones(5))
-    mixed = sum(weights[:, i : i + 1] * adapted[:, i] for i in range(3))
-    assert torch.allclose(logits, model.classifier(mixed), atol=1e-5)
-    assert torch.allclose(logits, model(model.adapt(features)), atol=1e-5)
+CPU = torch.device("cpu")
 
 
-def test_adapters_are_trained_only_on_request():
+def a_run(dataset, dtype=torch.float32, **settings):
+    """What the functions of moe.py need of a run."""
+    args = types.SimpleNamespace(**settings)
+    return types.SimpleNamespace(args=args, dataset=dataset, device=CPU, dtype=dtype)
+
+
+def test_adapters_are_trained_on_request_and_with_512_units_the_mixture_is_as_large_as_three_bases():
     assert not any(p.requires_grad for p in models.MixtureOfExperts().adapters.parameters())
-    assert all(p.requires_grad for p in models.MixtureOfExperts(train_adapters=True).parameters())
-
-
-def test_with_a_width_of_512_the_mixture_is_as_large_as_three_bases():
-    model, base = models.MixtureOfExperts(3, 10, True, 512), models.build("custom")
-    assert model(torch.randn(2, 3, 4096)).shape == model(torch.randn(2, 3, 512)).shape == (2, 10)
-    dataset = train.data.synthetic((40, 10, 10))
-    args = moe.parse_arguments(["--train-adapters", "--adapter-width", "512", "--animals", "all"])
-    cost = moe.cost(args, [base] * 3, model, dataset)
-    assert cost["test"]["bases"] == 2 and cost["test"]["parameters"] == 9_742_509
-    assert 1 < cost["test"]["parameters"] / cost["ensemble"]["parameters"] < 1.01
+    base, parts = models.build("custom"), [models.MixtureOfExperts(3, 10, True, 512)]
+    parts += [base.features] * 3
+    assert all(p.requires_grad for p in parts[0].parameters())
+    size = sum(p.numel() for part in parts for p in part.parameters())
+    assert 1 < size / sum(3 * p.numel() for p in base.parameters()) < 1.01
 
 
 def test_feature_batches_hold_every_row_once():
-    split = train.data.Split(torch.arange(33.0).view(33, 1), torch.arange(33))
-    plan = train.data.plan(33, 16, seed=1, epoch=2)
-    batches = list(moe.feature_batches(split, plan, torch.device("cpu")))
+    split = data.Split(torch.arange(33.0).view(33, 1), torch.arange(33))
+    batches = list(moe.feature_batches(split, CPU, 16, seed=1, epoch=2))
     assert [len(batch) for _, batch in batches] == [16, 17]
-    assert sorted(torch.cat([batch for _, batch in batches]).tolist()) == list(range(33))
+    labels = torch.cat([batch for _, batch in batches]).tolist()
+    assert sorted(labels) == list(range(33)) != labels
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
 
 
-def test_run_trains_experts_leaves_them_unchanged_and_is_repeatable(run, image_folder, tmp_path, monkeypatch):
-    folder = image_folder(train.data.CLASSES, (("train", 4), ("valid", 2), ("test", 3)))
-    command = ("moe.py", "--data", folder, "--epochs", 1)
+def test_an_ensemble_averages_probabilities_of_the_test_split():
+    dataset = data.synthetic((10, 20, 30))
+    weights = torch.randn(3, 3072, 10, generator=torch.Generator().manual_seed(1)) / 20
+    networks = [lambda images, weight=weight: images.flatten(1) @ weight for weight in weights]
+    logits = [network(data.normalise(dataset.test.images, dataset)) for network in networks]
+    wanted = F.nll_loss(torch.stack(logits).softmax(2).mean(0).log(), dataset.test.labels).item()
+    assert moe.average(a_run(dataset), networks).metrics()["loss"] == pytest.approx(wanted, rel=1e-5)
+    of_mean_logits = F.cross_entropy(sum(logits) / 3, dataset.test.labels).item()
+    assert wanted != pytest.approx(of_mean_logits, rel=0.01)
+
+
+@pytest.mark.parametrize(("adapters", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_features_are_in_the_compute_dtype_and_experts_stay_unchanged(adapters, dtype):
+    torch.manual_seed(0)
+    network = models.build("custom").eval().requires_grad_(False)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    dataset = data.synthetic((300, 10, 10))
+    model = models.MixtureOfExperts(2, 10, adapters, 16)
+    run = a_run(dataset, dtype, train_adapters=adapters, adapter_width=16)
+    seen, labels = moe.features(run, [network] * 2, model, dataset.train)
+    assert torch.equal(labels, dataset.train.labels)
+    assert seen.shape == (300, 2, 4096 if adapters else 16) and seen.dtype == dtype
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    images = data.normalise(dataset.train.images[290:], dataset)
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+        wanted = network.features(images).flatten(1)
+    wanted = wanted if adapters else model.adapters[1](wanted.float())
+    torch.testing.assert_close(seen[290:, 1].float(), wanted.float(), rtol=0.01, atol=0.01)
+
+
+def test_experts_share_every_setting_that_both_scripts_have(monkeypatch):
+    asked = []
+    monkeypatch.setattr(runs, "run_seeds", lambda args, *_: asked.append(args) or 1 / 0)
+    shared = ["--data=synthetic", "--root=r", "--fraction=0.5", "--epochs=3", "--batch-size=8", "--lr=0.002", "--optimizer=sgd",
+              "--momentum=0.9", "--weight-decay=0.1", "--schedule=onecycle", "--label-smoothing=0.1", "--out=o", "--amp=off"]  # fmt: skip
+    with pytest.raises(ZeroDivisionError):
+        moe.expert(moe.parse_arguments([*shared, "--seed=4", "--force"]), 3, "cat,dog")
+    own = ["--aug=hybrid", "--dropout=0.2", "--seed=3", "--classes=cat,dog"]
+    assert asked == [train.parse_arguments([*shared, *own])]
+
+
+def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
+    folder = image_folder("abcd", (("train", 4), ("valid", 2), ("test", 3)))
+    command = ("moe.py", "--data", folder, "--epochs", 1, "--experts", "c,a", " b,d")
     process = run(*command, "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
-    assert "mean weight of each expert" in process.stdout and "ensemble of three bases" in process.stdout
-    monkeypatch.chdir(tmp_path)  # where the run was: folder names are relative to it
-    key = train.data.key(str(folder))
-    expert = f"custom-hybrid-{key}-{{}}epochs1-dropout0.2"
-    names = {expert.format(part) for part in ("", "only-vehicles-", "only-cat+deer+dog+horse-")}
-    mixture = f"moe-{key}-epochs1"
-    assert {path.name for path in (tmp_path / "a").iterdir()} == {*names, mixture}
+    assert ["true", "class", "base", "a+c", "b+d"] in map(str.split, process.stdout.splitlines())
+    (path,) = (tmp_path / "a").glob("moe-*/seed1.json")
+    result = json.loads(path.read_text())
+    name, expert = result["data"]["name"], "custom-hybrid-{}-{}epochs1-dropout0.2"
+    names = {expert.format(name, part) for part in ("", "only-a+c-", "only-b+d-")}
+    assert path.parent.name == f"moe-{name}-epochs1-experts-a+c_b+d"
+    assert {path.name for path in (tmp_path / "a").glob("[!.]*")} == {*names, path.parent.name}
+    assert result["config"]["experts"] == ["a,c", "b,d"]
+    assert np.sum(result["gate"], 1) == pytest.approx(np.ones(4), abs=1e-5)
+    assert np.shape(result["gate"]) == (4, 3) and np.sum(result["confusion"], 1).tolist() == [3] * 4
+    base = json.loads((tmp_path / "a" / expert.format(name, "") / "seed1.json").read_text())
+    assert result["base"] == pytest.approx(base["test"], rel=1e-5)
     before = {path: models.load(path).state_dict() for path in (tmp_path / "a").rglob("custom-*/seed*.pt")}
-    result = json.loads((tmp_path / "a" / mixture / "seed1.json").read_text())
-    assert np.allclose(np.array(result["gate"]).sum(1), 1, atol=1e-5) and np.array(result["gate"]).shape == (
-        10,
-        3,
-    )
-    for name in ("test", "base", "pair", "ensemble"):
-        assert set(result[name]) == set(train.METRICS)
-    assert result["cost"]["ensemble"] == {"parameters": 3 * 3_229_738, "bases": 3}
-    assert result["cost"]["test"]["bases"] == 1.8  # all ten classes, four vehicles, four animals
-    base = json.loads((tmp_path / "a" / expert.format("") / "seed1.json").read_text())
-    assert abs(result["base"]["accuracy"] - base["test"]["accuracy"]) < 1e-9
-
     again = run(*command, "--out", tmp_path / "a", "--force")  # reuses the experts
     assert again.stdout.count("skipped, its result exists") == 5
     for path, state in before.items():  # including BatchNorm's buffers
@@ -91,30 +109,22 @@ def test_run_trains_experts_leaves_them_unchanged_and_is_repeatable(run, image_f
     assert_same_bits(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("adapters", [False, True])
-def test_features_are_in_the_compute_dtype_and_experts_stay_unchanged(adapters, dtype):
-    torch.manual_seed(0)
-    network = models.build("custom").eval().requires_grad_(False)
-    before = {key: value.clone() for key, value in network.state_dict().items()}
-    dataset, cpu = train.data.synthetic((300, 10, 10)), torch.device("cpu")
-    args = types.SimpleNamespace(train_adapters=adapters, adapter_width=16)
-    run = types.SimpleNamespace(args=args, dataset=dataset, device=cpu, dtype=dtype)
-    model = models.MixtureOfExperts(3, 10, adapters, 16)
-    seen, labels = moe.features(run, [network] * 3, model, dataset.train)
-    assert torch.equal(labels, dataset.train.labels)
-    assert seen.shape == (300, 3, 4096 if adapters else 16) and seen.dtype == dtype
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
-    images = train.data.normalise(dataset.train.images[290:], dataset)
-    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        wanted = network.features(images).flatten(1)
-    wanted = wanted if adapters else model.adapters[0](wanted.float())
-    torch.testing.assert_close(seen[290:, 0].float(), wanted.float(), rtol=0.01, atol=0.01)
+def test_names_show_groups_and_width():
+    args = moe.parse_arguments(["--experts", "cat,dog", "bird,frog", "--adapter-width=512"])
+    assert moe.run_name(args, "cinic10") == "moe-experts-cat+dog_bird+frog-width512"
+    assert list(map(moe.group_name, moe.EXPERTS)) == ["vehicles", "cat+deer+dog+horse"]
 
 
 def test_invalid_settings_are_one_line_before_anything_is_trained(run, one_line, image_folder, tmp_path):
+    image_folder("abcd")
+    rule = "each group has two classes or more, but not all, and is given once"
+    for experts, *words in (
+        (["a,b", "a,e"], "--experts a,e", "has no class 'e'"), (["a,b", "c"], "a,b c", rule),
+        (["a,b,c,d"], rule), (["a,b", "b,a"], rule),
+    ):  # fmt: skip
+        one_line(run("moe.py", "--data", "images", "--experts", *experts), 2, *words)
+    needed = "give --experts instead of the default"
+    one_line(run("moe.py", "--data", "images"), 2, needed, "has no class 'airplane'", "a, b, c, d")
     one_line(run("moe.py", "--data", "synthetic", "--classes", "cat,dog"), 2, "--classes")
-    one_line(run("moe.py", "--data", "synthetic", "--animals", "cat,cow"), 2, "--animals", "'cow'")
-    process = run("moe.py", "--data", image_folder())
-    one_line(process, 2, "the vehicles expert", "no class 'airplane'", "cat, dog")
-    assert not list(tmp_path.rglob("seed1*"))
+    one_line(run("moe.py", "--batch-size", 1), 2, "--batch-size 1", "2 or more images")
+    assert not (tmp_path / "results").exists()

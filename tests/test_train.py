@@ -124,45 +124,6 @@ def test_same_command_twice_gives_the_same_bits(arch, aug, tiny, run, tmp_path):
     assert_same_bits(tmp_path / "a", tmp_path / "b")
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-
-
-@needs_cuda
-@pytest.mark.parametrize(
-    "settings",
-    [("--arch", "custom", "--dropout", 0.2), ("--arch", "resnet18"), ("--arch", "densenet121"),
-     ("--arch", "efficientnet_b0"), ("--optimizer", "sgd", "--momentum", 0.9), ("--optimizer", "adamax"),
-     ("--optimizer", "adagrad"), ("--amp", "off"), ("--amp", "fp16"), ("--schedule", "onecycle"),
-     ("--optimizer", "sgd", "--momentum", 0.9, "--weight-decay", 0.01, "--schedule", "onecycle"),
-     ("--amp", "fp16", "--schedule", "onecycle"), ("--amp", "fp16", "--optimizer", "sgd"),
-     ("--optimizer", "adamw"), ("--label-smoothing", 0.1)],
-)  # fmt: skip
-def test_captured_and_plain_steps_give_the_same_bits(settings, run, tmp_path):
-    # 40 images: a short last batch
-    command = ("train.py", *TINY, "--aug", "flip", "--batch-size", 6, *settings)
-    for extra in ((), ("--no-graph",)):
-        process = run(*command, *extra, "--out", tmp_path / ("plain" if extra else "captured"))
-        assert process.returncode == 0, process.stderr
-        plain = extra or {"adagrad", "adamax"} & set(settings)
-        assert bool(plain) == ("CUDA graphs are disabled" in process.stdout)
-    assert_same_bits(tmp_path / "captured", tmp_path / "plain")
-
-
-@needs_cuda
-def test_replays_draw_fresh_dropout_and_seeds_count():
-    device, seen = torch.device("cuda"), torch.zeros(1000, device="cuda")
-    step = train.CapturedStep(lambda inputs, labels: seen.copy_(torch.nn.functional.dropout(inputs)))
-    inputs, drawn = torch.ones(1000, device=device), []
-    for epoch in (1, 2, 1):
-        torch.manual_seed(epoch)
-        for _ in range(6):
-            step(inputs, inputs)
-            drawn.append(seen.tolist())
-    assert step.graph is not None
-    assert drawn[4] != drawn[5] and drawn[6:12] != drawn[12:18]
-    assert drawn[12:18] == drawn[:6]  # warm-up included
-
-
 # What GPU speed depends on, and what a Mac needs: checked on a CPU
 
 
@@ -312,14 +273,6 @@ def test_an_optimizer_that_does_not_fit_is_named(entry, monkeypatch, tmp_path):
     monkeypatch.setitem(train.OPTIMIZERS, "adam", entry)
     with pytest.raises(RuntimeError, match="OPTIMIZERS in train.py, adam: "):
         train.fit(make_run(tmp_path), torch.nn.Linear(3, 2), 2, [1], lambda epoch: [])
-
-
-def test_one_cycle_ends_at_zero_also_if_a_last_batch_of_one_image_is_merged(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "set_learning_rate", lambda optimizer, rate: seen.append(rate))
-    run = make_run(tmp_path, "--schedule", "onecycle", "--epochs", 3, "--batch-size", 13)
-    train.train(run)  # 40 images: 13, 13, 14
-    assert seen == pytest.approx([0.001 * train.one_cycle(step, 9) for step in range(9)])
 
 
 def test_with_a_schedule_norms_and_biases_have_no_weight_decay():
@@ -481,10 +434,3 @@ def test_a_nan_or_infinite_loss_ends_the_run_and_leaves_no_result(run, one_line,
     process = run("train.py", *TINY, "--optimizer", "sgd", "--lr", 1e30, "--out", tmp_path)
     one_line(process, 1, "loss became", "epoch", "--lr")
     assert not list(tmp_path.rglob("*.json"))
-
-
-def test_help_names_every_argument(run):
-    shown = run("train.py", "--help").stdout
-    for name in ("arch", "aug", "data", "root", "fraction", "classes", "epochs", "batch-size", "lr", "optimizer",
-                 "momentum", "weight-decay", "dropout", "pretrained", "seed", "device", "amp", "out", "force"):  # fmt: skip
-        assert f"--{name}" in shown
