@@ -50,8 +50,10 @@ CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size",
 MIXTURE = {label: part for part, label in moe.ROWS.items()}
 PARTS = {**MIXTURE, "accuracy with mirror images": "test_tta", "1 prototype": "one_prototype",
          "nearest image": "nearest_image"}  # fmt: skip
-NETWORK = {"pretrained": {"resnet18": True, "efficientnet_b0": True}}
-START = {True: "pretrained", False: "from scratch"}
+NETWORK, STARTS = (
+    {"pretrained": {"resnet18": True, "efficientnet_b0": True}},
+    (", pretrained", ", from scratch"),
+)
 BATCH_SIZES = {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32}
 SIZES = {"batch_size": BATCH_SIZES, "shot": {}, "query": fewshot.QUERIES}
 HYBRID, LOSS_FIRST = {"aug": "hybrid"}, ("loss", "accuracy", "f1", "precision", "recall")
@@ -247,11 +249,9 @@ Cell = namedtuple("Cell", "row column run unlike values mark published")
 
 
 def belongs(run, table, step):
-    """Whether a run belongs to a table, at one of its steps: its settings are the recipe's, apart from those that
-    rows and columns show, those that the table fixes or ignores, and its context.
-
-    Returns None, or two dictionaries of settings: its context, and what is unlike the study's run of its row.
-    """
+    """None if a run does not belong to a table, at one of its steps: its settings have to be the recipe's, apart
+    from those that rows and columns show, those that the table fixes or ignores, and its context. Otherwise two
+    dictionaries of settings: its context, and what is unlike the study's run of its row, since it is ignored."""
     if table.rows == "run":
         keys = ("data", "fingerprint", "classes")  # what it was tested on
         return {k: run.settings[k] for k in keys if run.settings.get(k) != RECIPES["train"].get(k)}, {}
@@ -279,14 +279,16 @@ def make_views(found, published):
             fits = belongs(run, table, step)
             if fits and not (name == "other" and run.name in seen):
                 context, unlike = fits
-                start = f", {START[unlike.pop('pretrained')]}" if "pretrained" in unlike else ""
+                start = {True: STARTS[0], False: STARTS[1], None: ""}[unlike.pop("pretrained", None)]
                 settings = {**run.settings, "step": step, "run": run.name}
                 rows, columns = ([text_of(settings[a])] if isinstance(a, str) else a for a in table[1:3])
                 for row, column in itertools.product(rows, columns):
                     groups[tuple(sorted(context.items()))][row + start, column].append((unlike, run))
         for context, group in sorted(groups.items(), key=lambda item: len(item[0])):
             # Of two runs for one cell, the nearer to the study's
-            group = {place: min(runs, key=lambda r: (len(r[0]), r[1].name)) for place, runs in group.items()}
+            group = {
+                place: min(fits, key=lambda fit: (len(fit[0]), fit[1].name)) for place, fits in group.items()
+            }
             new = {place for place, (_, run) in group.items() if run.name not in seen}
             compared = new if isinstance(table.columns, str) else {row for row, _ in new}
             shown = bool(table.title) and (not context or name == "other" or len(compared) > 1)
@@ -298,10 +300,9 @@ def make_views(found, published):
 
 def make_cells(table, context, group, published):
     """The cells of a table, row by row. group: {(row, column): (what is unlike the study's run, run)}."""
-    rows = in_order((row for row, _ in group), table.rows, table.steps, published)
-    columns = in_order(
-        (name for _, name in group), table.columns, table.steps, next(iter(published.values()), ())
-    )
+    rows, columns = zip(*group, strict=True)
+    rows = in_order(rows, table.rows, table.steps, published)
+    columns = in_order(columns, table.columns, table.steps, next(iter(published.values()), ()))
     values, cells = {place: values_of(run, *place) for place, (_, run) in group.items()}, []
     columns = [column for column in columns if any(values.get((row, column)) for row in rows)]
     for row, column in itertools.product(rows, columns):
@@ -313,12 +314,15 @@ def make_cells(table, context, group, published):
 
 
 def in_order(labels, axis, steps, published):
-    """Rows or columns, each once: known ones in their order, then others."""
+    """Rows or columns, each once: known ones in their order, then numbers by size, then names."""
     known = steps if axis == "step" else published if isinstance(axis, str) else axis
-    known = [label + start for label in known for start in ("", *(f", {start}" for start in START.values()))]
-    return sorted(
-        set(labels), key=lambda label: (known.index(label) if label in known else len(known), label)
-    )
+    known = [label + start for label in known for start in ("", *STARTS)]
+
+    def rank(label):
+        size = float(label) if re.fullmatch(r"\d+(\.\d+)?", label) else math.inf
+        return known.index(label) if label in known else len(known), size, label
+
+    return sorted(set(labels), key=rank)
 
 
 def values_of(run, row, column):
@@ -417,9 +421,7 @@ def print_views(views, latex):
             context = view.context
             print(f"{start or '## '}{view.heading}\n")
             if context:
-                print(
-                    f"{start}Not CINIC-10 with the study's settings: published numbers are not comparable.\n"
-                )
+                print(f"{start}Not the study's data and settings: its numbers are not comparable.\n")
         usual = statistics.mode(len(cell.values) for cell in view.cells if cell.values)
         lines = [[plain(text, latex) for text in line] for line in written(view, usual)]
         style = {"disable_numparse": True, "colalign": ["left", *["right"] * (len(lines[0]) - 1)]}

@@ -157,12 +157,12 @@ def test_a_run_with_a_new_value_appears_by_itself(command, title, row, column, t
 
 
 def test_a_new_table_is_one_line(tmp_path, monkeypatch):
-    fake(tmp_path, "train.py --label-smoothing 0.1")
-    fake(tmp_path, "train.py --label-smoothing 0.2")
-    new = aggregate.Table("Label smoothing", "label_smoothing", aggregate.METRICS)
-    monkeypatch.setattr(aggregate, "TABLES", {"smoothing": new, **aggregate.TABLES})
+    for size in (8, 128, 16):
+        fake(tmp_path, f"train.py --batch-size {size}")
+    new = aggregate.Table("Batch size", "batch_size", aggregate.METRICS)
+    monkeypatch.setattr(aggregate, "TABLES", {"batch-size": new})
     (view,) = views(tmp_path)
-    assert list(dict.fromkeys(cell.row for cell in view.cells)) == ["0.1", "0.2"]
+    assert list(dict.fromkeys(cell.row for cell in view.cells)) == ["8", "16", "128"]
 
 
 def test_each_step_beyond_the_study_has_its_own_gain(tmp_path, run):
