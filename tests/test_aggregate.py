@@ -143,7 +143,7 @@ def test_published_numbers_are_those_of_the_slides_and_the_report():
      ("train.py --arch densenet121 --pretrained", "Initial results", "densenet121, pretrained", "accuracy"),
      ("train.py --aug hybrid --optimizer sgd --momentum 0.9", "Optimizer, custom on hybrid", "sgd", "accuracy"),
      ("fewshot.py --fraction 0.3", "Few-shot learning", "0.3", "accuracy"),
-     ("train.py --lr 0.003", "Other runs", "custom-none-lr0.003", "accuracy")],
+     ("train.py --arch densenet121 --lr 0.003", "Other runs", "densenet121-none-lr0.003", "accuracy")],
 )  # fmt: skip
 def test_a_run_with_a_new_value_appears_by_itself(command, title, row, column, tmp_path, run):
     for base in ("train.py", "train.py --aug hybrid", "train.py --aug flip", "fewshot.py", command):
