@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import pickle
 import re
 import shutil
 import tarfile
@@ -40,7 +39,7 @@ GROUPS = {
     "vehicles": ("airplane", "automobile", "ship", "truck"),
     "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
 }
-SPELLINGS = {  # of the splits' folders; of train and test only the first is accepted, of valid each, in any case
+SPELLINGS = {  # in any case; for train and test, only the first as it is, the others are taken for mistakes
     "train": ("train", "training", "trainset"),
     "valid": ("valid", "val", "validation"),
     "test": ("test", "testing", "testset"),
@@ -155,8 +154,8 @@ def _chunks(split, order, dataset, device, streams, seeds):
 def make_plan(total, batch_size, seed=None, epoch=0, steps=None):
     """An epoch's order, int64 (N,), and its batch sizes, a list. Depends only on seed and epoch.
 
-    seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed; needs
-    a seed.
+    seed: None keeps images in order. steps: number of full batches, drawn from as many passes as needed, with
+    a seed only.
     """
     count = steps * batch_size if steps else total
     sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
@@ -178,7 +177,7 @@ def normalise(images, dataset):
 
 
 def memory_format(device):
-    """Of images and networks: channels_last, except on MPS, where the backward passes of batch norm and pooling
+    """Of images and networks: channels_last, except on MPS, where backward passes of batch norm and pooling
     are then wrong or abort the process (github.com/pytorch/pytorch/issues/175189 and 175190)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
@@ -220,8 +219,8 @@ def spec(names):
 
 
 def pick(dataset, option, text):
-    """The class names, a tuple, in the text: a row of CSV with names of classes or, where no class is called so,
-    of GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
+    """The class names, a tuple, in a row of CSV: names of classes or, where no class is called so, of GROUPS.
+    Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
     names = []
     try:
         typed = next(csv.reader([text]), [])
@@ -264,7 +263,7 @@ def _subset(split, fraction):
     per_class = max(1, min(asked, int(counts.min())))
     if per_class != asked:
         print(
-            f"--fraction {fraction:g}: {per_class:,} training images a class (smallest: {counts.min():,}), not {asked:,}"
+            f"--fraction {fraction:g}: {per_class:,} images a class, not {asked:,}: one has {counts.min():,}"
         )
     rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
@@ -343,7 +342,7 @@ def _open_cache(file, source=None):
         if saved["version"] == CACHE_VERSION and source in (None, saved["source"]):
             splits = {split: Split(*saved["dataset"].pop(split)) for split in SPLITS}
             return Dataset(name=file.stem, only=None, cache=file, **splits, **saved["dataset"])
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError, pickle.UnpicklingError):
+    except Exception:  # noqa: BLE001 (a damaged file can raise nearly anything)
         return None
 
 
@@ -406,8 +405,8 @@ def _list_images(folder):
 
 
 def _find_splits(folder, ignored):
-    """{split: its folder} for the splits that there are, or {"train": folder} for class folders alone. Adds what
-    else there is to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
+    """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest to
+    `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
     places, entries = {}, sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     folders = [entry.name for entry in entries if entry.is_dir()]
     for split, spellings in SPELLINGS.items():
@@ -436,9 +435,9 @@ def _find_splits(folder, ignored):
 
 
 def _list_split(split, ignored):
-    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders, sorted.
+    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders.
 
-    Links are followed, but what is reached again counts once. Hidden files are skipped, others added to `ignored`.
+    Links are followed, but what is reached again counts once. Hidden files are skipped, others `ignored`.
     """
     files, seen, top = [], set(), os.path.realpath(split)
 
@@ -490,10 +489,13 @@ def _decode_splits(classes, files):
 
 
 def _decode(paths, block=16):
-    """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming those that cannot be read."""
-    images, reading, warned = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), threading.local(), []
+    """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming unreadable ones."""
+    images, warned = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), []
+    reading, stopped = threading.local(), threading.Event()
 
     def read(row):  # returns what is wrong with the file, if anything
+        if stopped.is_set():
+            return
         reading.path = paths[row]
         try:
             images[row] = read_image(paths[row])
@@ -511,6 +513,7 @@ def _decode(paths, block=16):
             results = itertools.chain.from_iterable(pool.map(read_block, range(0, len(paths), block)))
             unreadable = [failure for failure in runs.progress(results, "decoding", len(paths)) if failure]
         finally:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
     if unreadable:
         names = ", ".join([path for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
@@ -522,8 +525,8 @@ def _decode(paths, block=16):
 
 
 def read_image(path):
-    """Any image file as RGB, uint8 array (3, 32, 32): upright by its EXIF orientation, transparency over white,
-    16-bit grey by its upper 8 bits, the first of several frames. Other sizes are resized (bilinear, antialiased).
+    """Any image file as RGB, uint8 array (3, 32, 32): upright by its EXIF tag, transparent over white,
+    16-bit grey by its upper 8 bits, the first of several frames, resized (bilinear, antialiased).
 
     Raises RuntimeError naming the file, also where pixels have no defined range (float, 32-bit integer).
     """
@@ -588,10 +591,8 @@ def _cifar10(root):
 def _unpack(root, name, filename, urls, md5):
     """The folder root/name, unpacked from root/filename, which is downloaded first, if they are missing.
 
-    Raises RuntimeError for an archive that is damaged, cannot be downloaded, or would write outside the folder.
+    Raises RuntimeError for an archive that is damaged, not to be had, or would write outside the folder.
     """
-    from torchvision.datasets.utils import check_integrity
-
     folder, archive, unfinished = root / name, root / filename, root / f".{name}-unfinished"
     with runs.exclusive(root / f".{name}.lock"):
         if folder.is_dir():  # another process has unpacked it meanwhile
@@ -599,13 +600,7 @@ def _unpack(root, name, filename, urls, md5):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a killed process
             unfinished.mkdir()
-            if not archive.exists():
-                _download(urls, unfinished / filename, md5)
-                os.rename(unfinished / filename, archive)
-            elif not check_integrity(archive, md5):
-                raise RuntimeError(
-                    f"{archive} is damaged or another file (wrong MD5): remove it and try again"
-                )
+            _download(urls, archive, unfinished / filename, md5)
             print(f"unpacking {archive}", flush=True)
             with tarfile.open(archive) as tar:
                 tar.extractall(unfinished, filter="data")
@@ -617,26 +612,31 @@ def _unpack(root, name, filename, urls, md5):
     return folder
 
 
-def _download(urls, file, md5):
-    """Download a file from the first of several URLs that has it."""
+def _download(urls, archive, unfinished, md5):
+    """Download an archive, unless it is there, from the first of several URLs that has it."""
     from torchvision.datasets.utils import check_integrity
 
+    if archive.exists():
+        if check_integrity(archive, md5):
+            return
+        raise RuntimeError(f"{archive} is damaged or another file (wrong MD5): remove it and try again")
     for url in urls:
         print(f"downloading {url}", flush=True)
         request = urllib.request.Request(url, headers={"User-Agent": "pytorch/vision"})
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(file, "wb") as target:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as response, open(unfinished, "wb") as file:
                 blocks = iter(lambda: response.read(2**16), b"")
-                target.writelines(runs.progress(blocks, file.name, response.length or 0, len))
-            if check_integrity(file, md5):
-                return
+                file.writelines(runs.progress(blocks, archive.name, response.length or 0, len))
+            if check_integrity(unfinished, md5):
+                return os.rename(unfinished, archive)
             reason = "cut off, or another file (wrong MD5)"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error) or type(error).__name__
         print(f"failed: {reason}")
     raise RuntimeError(
-        f"{file.name} cannot be downloaded ({reason}): connect to the network, put {file.name} from {urls[0]} into "
-        "the folder of --root, or use --data cifar10, --data PATH (your own folder) or --data synthetic (no download)"
+        f"{archive.name} cannot be downloaded ({reason}): connect to the network, put {archive.name} from "
+        f"{urls[0]} into the folder of --root, or use --data cifar10, --data PATH (your own folder) or "
+        "--data synthetic"
     )
 
 
@@ -706,20 +706,14 @@ def _paint(labels, generator):
 
 def describe(dataset):
     """Describe a data set in a few lines of text."""
-
-    def a_class(split):  # images of the smallest and of the largest class
-        counts = torch.bincount(split.labels)
-        return " to ".join(f"{count:,}" for count in sorted({int(counts.min()), int(counts.max())}))
-
     splits = {name: getattr(dataset, name) for name in SPLITS}
-    bytes_used = sum(split.images.nbytes + split.labels.nbytes for split in splits.values())
+    counts = torch.bincount(dataset.train.labels)
     lines = [
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
         "images:  " + ", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()),
-        "a class: " + ", ".join(f"{name} {a_class(split)}" for name, split in splits.items()),
+        f"a class: train {int(counts.min()):,} to {int(counts.max()):,}",
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
-        f"bytes:   {bytes_used:,}",
         f"cache:   {dataset.cache or 'none, generated at every start'}",
     ]
     return "\n".join(lines)
@@ -736,10 +730,7 @@ def add_arguments(parser, classes=True):
     add("--fraction", type=runs.number(float, 0, 1, (1,)), default=1.0, help=f"{part} (default: all)")
     parser.set_defaults(classes=None)
     if classes:
-        add(
-            "--classes",
-            help="use only these classes: vehicles, animals, or names such as cat,dog or '\"a, b\",c'",
-        )
+        add("--classes", help="use only these: vehicles, animals, or names as a row of CSV, such as cat,dog")
 
 
 def main():

@@ -1,4 +1,4 @@
-"""A mixture of experts: a gating network learns how to weight three frozen networks, image by image.
+"""A mixture of experts: a gating network learns how to weight frozen networks, image by image.
 
     python moe.py --seed 1 2 3                                # on CINIC-10; trains missing experts first
     python moe.py --data path/to/folder --experts cat,dog bird,frog,horse --fraction 0.25 --epochs 3

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -66,17 +67,6 @@ def test_folder_equals_torchvisions_image_folder(image_folder, tmp_path):
     assert torch.allclose(torch.tensor(dataset.std), pixels.std((0, 2, 3), correction=0).float())
 
 
-def test_many_files_are_decoded_in_order_by_many_threads(tmp_path):
-    for split, count in (("train", 2600), ("valid", 1), ("test", 1)):
-        (tmp_path / "x" / split / "k").mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (32, 32), (i % 256, i // 256, 7)).save(
-                tmp_path / "x" / split / "k" / f"{i:05}.png"
-            )
-    train = data.load(str(tmp_path / "x"), tmp_path / "root").train
-    assert (train.images[:, 0, 0, 0] + 256 * train.images[:, 1, 5, 5].long()).tolist() == list(range(2600))
-
-
 def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_again(
     image_folder, tmp_path, monkeypatch
 ):
@@ -91,14 +81,6 @@ def test_a_second_start_reads_the_cache_and_a_changed_folder_is_decoded_again(
     third = data.load(str(folder), tmp_path / "root")
     assert third.train.images[0, :, 4, 4].tolist() == [1, 2, 3]
     assert third.cache == first.cache and third.name != first.name
-
-
-def test_a_cache_is_complete_or_absent(image_folder, tmp_path):
-    folder = image_folder()
-    (folder / "test" / "dog" / "1.png").write_bytes(b"not an image")
-    with pytest.raises(RuntimeError, match=r"test/dog/1\.png"):
-        data.load(str(folder), tmp_path / "root")
-    assert list((tmp_path / "root" / "cache").glob("*.pt")) == []
 
 
 @pytest.mark.parametrize("how", ["cut", "header", "empty", "other", "older"])
@@ -172,15 +154,15 @@ def test_what_is_ignored_is_named_or_counted_in_one_line(image_folder, tmp_path,
     assert sorted(kinds.split(", ")) == sorted(capsys.readouterr().out.partition(": ")[2].strip().split(", "))
 
 
-@pytest.mark.parametrize("count", [3, 2300])
+@pytest.mark.parametrize("count", [3, 300])
 def test_all_unreadable_images_are_counted_and_ten_are_named(count, image_folder, tmp_path):
-    """2,300 images are decoded by several processes."""
     folder = image_folder(splits=(("train", 6), ("valid", 2), ("test", 3)))
     for number in range(count):
         (folder / "train" / "cat" / f"bad{number:04}.png").write_bytes(b"no image")
     (folder / "valid" / "dog" / "1.png").write_bytes(b"")
     with pytest.raises(RuntimeError, match="cannot be read, fix or remove them") as caught:
         data.load(folder, tmp_path / "root")
+    assert not list((tmp_path / "root" / "cache").glob("*.pt"))
     text = str(caught.value)
     assert text.startswith(f"{count + 1:,} of {count + 22:,} images")
     names = text.split("remove them: ")[1].split(" (the first")[0].split(", ")
@@ -230,11 +212,6 @@ def test_transparent_pixels_are_white_and_opaque_ones_unchanged(how, tmp_path):
     assert set(np.unique(alpha)) == {0, 255}
     wanted = np.where(alpha, colour, 255).transpose(2, 0, 1)
     assert np.array_equal(data.read_image(tmp_path / f"x.{suffix}"), wanted)
-
-
-def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
-    Image.new("RGBA", (32, 32), (0, 100, 200, 128)).save(tmp_path / "x.png")
-    assert np.abs(data.read_image(tmp_path / "x.png")[:, 0, 0].astype(int) - (127, 177, 227)).max() <= 1
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
@@ -445,7 +422,7 @@ def test_fraction_of_unbalanced_classes_is_balanced_and_says_so(capsys):
     images = torch.arange(104, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     part = data._subset(data.Split(images, labels), 0.5)
     assert torch.bincount(part.labels).tolist() == [4, 4]
-    assert "4 training images a class" in capsys.readouterr().out
+    assert "4 images a class, not 26: one has 4" in capsys.readouterr().out
     assert len(data._subset(data.Split(images, labels), 0.05).labels) == 6 and not capsys.readouterr().out
 
 
@@ -493,14 +470,6 @@ def test_classes_are_renumbered_and_keep_their_names():
         data.load("synthetic", classes="cat,cow")
 
 
-def test_synthetic_small_is_drawn_like_synthetic_with_fewer_images():
-    small = data.load("synthetic-small")
-    assert small.name == "synthetic-small" and small.classes == data.CLASSES
-    assert [len(getattr(small, split).labels) for split in data.SPLITS] == [400, 100, 200]
-    drawn = data.synthetic((400, 100, 200))
-    assert torch.equal(small.train.images, drawn.train.images) and small.fingerprint == drawn.fingerprint
-
-
 def test_the_bits_of_synthetic_do_not_change_nor_depend_on_the_processor(run):
     code = "import data; print(data.load('synthetic').fingerprint); raise SystemExit"
     for instructions in ("default", "avx2"):  # of x86: SSE only, and AVX2
@@ -542,10 +511,12 @@ def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_only(monkey
 
 
 def test_steps_are_full_batches_from_as_many_passes_as_needed():
+    """And a shuffled last batch of one, on which batch norm cannot train, joins the previous one."""
     order, sizes = data.make_plan(50, 16, seed=1, epoch=1, steps=7)
     assert sizes == [16] * 7 and len(order) == 112
     assert torch.bincount(order, minlength=50).tolist().count(2) == 38  # the others occur three times
     assert torch.equal(order[:50].sort().values, torch.arange(50))
+    assert data.make_plan(33, 16, seed=1)[1] == [16, 17] and data.make_plan(33, 16)[1] == [16, 16, 1]
 
 
 @pytest.mark.parametrize("name", ["hybrid", "flip+rotation+crop+jitter+autoaugment+cutout"])
@@ -601,13 +572,6 @@ def test_each_image_goes_once_through_every_stream():
         for image, label in zip(images, labels.tolist(), strict=True)
     ]
     assert sorted(seen) == sorted([(i, 1) for i in range(50)] + [(i, 5) for i in range(50)])
-
-
-def test_a_shuffled_last_batch_of_one_joins_the_previous_one():
-    """Batch norm cannot train on a single 1x1 map."""
-    split = data.Split(torch.zeros(33, 3, 2, 2, dtype=torch.uint8), torch.arange(33))
-    sizes = [len(labels) for _, labels in batches(split, 16, seed=1)]
-    assert sizes == [16, 17]
 
 
 # Downloads from a real server on this machine
@@ -813,14 +777,15 @@ def test_cifar10_comes_through_torchvision_and_500_per_class_are_held_out(server
 def test_script_describes_a_data_set(run):
     process = run("data.py", "--data", "synthetic", "--classes", "animals")
     assert process.returncode == 0 and process.stderr == ""
-    for part in (
+    wanted = (
         "6 classes: bird, cat",
         "train 1,200, valid 300, test 600",
+        "train 200 to 200",
         "mean:",
         "std:",
-        "bytes:",
         "cache:",
-    ):
+    )
+    for part in wanted:
         assert part in process.stdout
 
 
@@ -877,24 +842,35 @@ def test_two_processes_decode_a_folder_once(image_folder, tmp_path):
     assert len(list((tmp_path / "data" / "cache").glob("*.pt"))) == 1
 
 
+def test_a_signal_ends_decoding_with_one_line_and_no_cache(image_folder, tmp_path):
+    folder = image_folder(splits=(("train", 2),))
+    Image.new("RGB", (6000, 6000)).save(folder / "train" / "cat" / "0.png")
+    for number in range(2, 100):
+        os.link(folder / "train" / "cat" / "0.png", folder / "train" / "cat" / f"{number}.png")
+    for number in range(2, 4):
+        shutil.copy(folder / "train" / "dog" / "0.png", folder / "train" / "dog" / f"{number}.png")
+    command = [sys.executable, "-u", HOUSE / "data.py", "--data", folder]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, **pipes)
+    assert "split off" in process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130 and errors.count("\n") == 1, errors
+    assert not list((tmp_path / "data" / "cache").glob("*.pt"))
+
+
 def test_a_bare_machine_is_enough(image_folder, tmp_path):
     """One core, no /dev/shm, a read-only home folder, an unknown language."""
-    image_folder(splits=(("train", 1500), ("valid", 2), ("test", 2)))
+    image_folder()
     bare = "mount -t tmpfs -o ro none /dev/shm && exec taskset -c 0 "
     if subprocess.run(
         ["unshare", "-m", "sh", "-c", bare + "true"], check=False, capture_output=True
     ).returncode:
         pytest.skip("no right to unmount /dev/shm here")
     command = f"{sys.executable} {HOUSE}/data.py --data images"
-    for cores in ("0", "0,1"):  # with two, several processes would decode
-        environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
-        process = subprocess.run(
-            ["unshare", "-m", "sh", "-c", bare.replace("-c 0", f"-c {cores}") + command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 0 and process.stderr == "", process.stderr
-        shutil.rmtree(tmp_path / "data")
+    environment = {**os.environ, "HOME": "/proc/nowhere", "LANG": "xx_XX", "PYTHONUTF8": "0"}
+    command = ["unshare", "-m", "sh", "-c", bare + command]
+    pipes = {"capture_output": True, "text": True}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, check=False, **pipes)
+    assert process.returncode == 0 and process.stderr == "", process.stderr

@@ -100,6 +100,7 @@ def test_logits_and_gradients_are_those_of_torchvisions_network_with_a_new_head_
     torch.manual_seed(1)
     head, features, first, pool = REPLACED[arch]
     ours, theirs = models.build(arch, 3, stem=stem), torchvision.models.get_model(arch)
+    assert sum(isinstance(layer, models.Convolution) for layer in ours.modules()) > 15
     theirs.set_submodule(head, nn.Sequential(nn.Linear(features, 256), nn.ReLU(), nn.Linear(256, 3)))
     if stem == "small":
         width = theirs.get_submodule(first).out_channels

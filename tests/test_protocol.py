@@ -32,6 +32,7 @@ cross_entropy, dropout = F.cross_entropy, F.dropout
 COUNTS = {"train": [14, 12, 16, 18, 11, 13, 17, 15, 12, 16], "valid": [5, 9, 6, 8, 5, 7, 9, 6, 8, 5],
           "test": [9, 6, 11, 7, 12, 8, 6, 10, 7, 13]}  # fmt: skip
 FEW = {"train": [6, 6], "valid": [1, 1], "test": [1, 1]}
+TEN = {"train": [2, 2] + [1] * 8, "valid": [1] * 10, "test": [1] * 10}
 
 
 def start(script, *words):
@@ -321,7 +322,7 @@ def test_no_query_is_a_support_image_and_blocks_and_seeds_of_episodes_differ(spy
 
 
 def test_a_checkpoint_stays_until_the_result_is_written_and_resumes_only_with_its_images(spy):
-    write_images(FEW, "data/cinic10", "bmp")  # its name and file sizes stay when images change
+    write_images(TEN, "data/cinic10", "bmp")  # its name and file sizes stay when images change
     command = "--epochs 3 --batch-size 4 --amp off --checkpoint-every 0"
 
     def take_the_results_name():  # in the last epoch, so that the result cannot be written
@@ -336,7 +337,7 @@ def test_a_checkpoint_stays_until_the_result_is_written_and_resumes_only_with_it
     shutil.copytree("results", "others")
     start(train, command)
     assert len(spy.steps) == 9 + 3 and not checkpoint.exists()
-    write_images(FEW, "data/cinic10", "bmp", seed=1)
+    write_images(TEN, "data/cinic10", "bmp", seed=1)
     start(train, command, "--out others")
     assert len(spy.steps) == 9 + 3 + 9
 
@@ -358,10 +359,10 @@ OPTIONS = {  # default, words that change it
         "aug": ("none", "--aug flip"), "steps_per_epoch": (None, "--steps-per-epoch 7"),
         "classes": (None, "--classes cat,dog")},
     moe: SHARED | EPOCHS | {
-        "animals": ("cat,dog,deer,horse", "--animals all"), "adapter_width": (1280, "--adapter-width 512"),
+        "experts": (moe.EXPERTS, "--experts vehicles animals"), "adapter_width": (1280, "--adapter-width 512"),
         "train_adapters": (False, "--train-adapters"), "classes": (None, None)},
     fewshot: SHARED | {
-        "fraction": (0.01, "--fraction 0.02"), "way": (5, "--way 4"), "shot": (5, "--shot 1"),
+        "fraction": (0.01, "--fraction 0.02"), "way": (None, "--way 4"), "shot": (None, "--shot 1"),
         "query": (None, "--query 7"), "episodes": (3000, "--episodes 300"), "classes": (None, "--classes cat,dog")},
 }  # fmt: skip
 
