@@ -658,7 +658,7 @@ def draw_figures(views, found, folder, with_samples):
 
 def samples_of(run):
     """The data set of a run if it is there, decoded; else `synthetic`."""
-    for file in Path(run.results[0]["config"]["root"], "cache").glob("*.pt"):
+    for file in Path(run.results[0]["config"]["root"], "cache").expanduser().glob("*.pt"):
         dataset = data._open_cache(file)
         if dataset and dataset.fingerprint == run.common["data fingerprint"]:
             return dataset._replace(name=run.settings["data"])
