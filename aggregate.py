@@ -1,464 +1,353 @@
-"""Turn result files into tables and figures, with the slides' numbers beside ours.
+"""Turn result files into tables and figures, with the study's numbers beside ours.
 
     python aggregate.py results                          # every table, as GitHub shows it
-    python aggregate.py results --format latex           # also csv, json
+    python aggregate.py results --only initial,optimizer --format latex
+    python aggregate.py results --format csv             # a row for each seed of each run
     python aggregate.py results --figures figures        # the figures too (needs matplotlib)
 
-Rows and columns are those of the study in `study.py`. A table holds the results of one data set, one fraction of it
-(unless its rows are fractions) and one number of epochs: others get tables of their own. Cells are mean ± standard
-deviation (n - 1) over the seeds found.
+A table is a line of `TABLES`, a view of the files RESULTS/<run>/seed<k>.json. Results of one data set, one
+fraction of it, one number of epochs and so on make one table. Cells are mean ± standard deviation (n - 1) over
+the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
-import collections
 import csv
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import statistics
 import sys
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import numpy as np
 import tabulate
+import torch
 
+import augment
+import data
 import fewshot
 import moe
 import runs
-import study
 import train
 
 SCRIPTS = {"train": train, "moe": moe, "fewshot": fewshot}
 METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 
-# The study
-
-
-# A run of the study. script: a key of SCRIPTS; settings: all its settings; given: those that its line in study.py gives
-Line = collections.namedtuple("Line", "script settings given")
-
-# Recorded with a run, but irrelevant to what was trained
-NO_SETTING = set(runs.NEUTRAL) - {"amp", "data", "classes"}
-# Settings that tables compare: a result that differs from a line of the study in one of these is a different run. One
-# that differs in another setting (data, epochs, fraction) goes into a separate table
-STUDIED = {"arch", "pretrained", "aug", "dropout", "lr", "optimizer", "weight_decay", "stem", "schedule", "label_smoothing",
-           "classes"}  # fmt: skip
-
-
-def complete(script, config):
-    """All settings of a run: those given, otherwise its script's defaults. query is None if it is the fraction's."""
-    settings = vars(SCRIPTS[script].make_parser().parse_args([])) | config
-    settings["data"] = os.path.normpath(settings["data"])
-    if script == "fewshot" and settings["query"] == fewshot.default_query(settings["fraction"]):
-        settings["query"] = None
-    return {key: value for key, value in settings.items() if key not in NO_SETTING}
-
-
-def differing(settings, others):
-    """The settings that have another value in `others`, or none."""
-    return {key: value for key, value in settings.items() if value != others.get(key)}
-
-
-def read_study():
-    """{table: {network: its lines of study.py}}. Raises ValueError for an invalid line."""
-    tables = collections.defaultdict(lambda: collections.defaultdict(list))
-    for names, script, words in study.lines():
-        if script in SCRIPTS:  # augment.py draws a picture
-            settings = complete(script, vars(SCRIPTS[script].make_parser().parse_args(words)))
-            line = Line(script, settings, differing(settings, complete(script, {})))
-            for name in names:
-                tables[name][settings.get("arch", script)].append(line)
-    return tables
-
-
-try:
-    STUDY = read_study()
-except ValueError as error:
-    raise SystemExit(f"the study in study.py: {error}") from None
-
-
 # The tables
 
+# rows, columns: a setting, `step`, or a tuple: parts of a mixture's result (rows), metrics or PARTS (columns).
+# fixed: settings that are not the recipe's. ignore: settings that go with a row, with the study's values by row
+# if they are not the recipe's. steps: rows or columns, with the settings that each fixes. title: None for a figure
+FIELDS = "title rows columns script fixed ignore steps"
+Table = namedtuple("Table", FIELDS, defaults=("train", {}, {}, {"": {}}))
+# Settings that the results of a table share, and that stand in its heading
+CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size", "steps_per_epoch", "episodes",
+           "way", "experts", "compute dtype")  # fmt: skip
+MIXTURE = {label: part for part, label in moe.ROWS.items()}
+PARTS = {**MIXTURE, "accuracy with mirror images": "test_tta", "1 prototype": "one_prototype",
+         "nearest image": "nearest_image"}  # fmt: skip
+NETWORK, STARTS = (
+    {"pretrained": {"resnet18": True, "efficientnet_b0": True}},
+    (", pretrained", ", from scratch"),
+)
+BATCH_SIZES = {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32}
+SIZES = {"batch_size": BATCH_SIZES, "shot": {}, "query": fewshot.QUERIES}
+HYBRID, LOSS_FIRST = {"aug": "hybrid"}, ("loss", "accuracy", "f1", "precision", "recall")
+LADDER = {"one-cycle": {"schedule": "onecycle"}, "small stem": {"stem": "small"},
+          "flip+translate": {"aug": "flip+translate"}, "label smoothing": {"label_smoothing": 0.1},
+          "30 epochs": {"epochs": 30},
+          "SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "weight_decay": 0.0005}}  # fmt: skip
 
-# title: None for a figure's; rows: a setting, `network`, `run` (what it adds to the run above) or `part` (of a mixture's
-# result); columns: a setting, `method`, or a tuple of columns that every row has
-Table = collections.namedtuple("Table", "title rows columns")
 
-COLUMNS = {  # part of a result file, metric; other columns show the test accuracy of a setting or method
-    **{metric: ("test", metric) for metric in METRICS},
-    "accuracy with mirror images": ("test_tta", "accuracy"),
-    "1 prototype": ("one_prototype", "accuracy"),
-    "nearest image": ("nearest_image", "accuracy"),
-    "parameters": ("test", "parameters"),
-    "training cost, in bases": ("test", "bases"),
-}
-COSTS = {"parameters": "{:,.0f}", "training cost, in bases": "{:.1f}"}  # the same for every seed
-PARTS = {row: part for part, row in moe.ROWS.items()}  # rows of a mixture's table
-START = {True: ", pretrained", False: ", from scratch"}  # a network that starts differently than in the study
-METHODS = {  # script and schedule of a run: the methods it has results for
-    ("fewshot", "none"): ("few-shot", "1 prototype", "nearest image"),
-    ("train", "none"): ("regular training",),
-    ("train", "onecycle"): ("regular training, one-cycle",),
-}
-MIXTURE = ("loss", "accuracy", "f1", "precision", "recall", *COSTS)
+def ladder(network):
+    """{label: settings}, each step with the settings of those above it. The custom network has no stem."""
+    settings = {"arch": network}
+    steps = {network: settings}
+    for label, more in LADDER.items():
+        if network != "custom" or "stem" not in more:
+            steps[f"{network} … + {label}"] = settings = settings | more
+    return steps
+
+
 TABLES = {
-    "overfitting": Table(None, "network", ("accuracy",)),
-    "initial": Table("Initial results", "network", METRICS),
-    "augmentation": Table("Augmentation, accuracy", "network", "aug"),
-    "hybrid": Table("Hybrid augmentation", "network", ("accuracy",)),
-    "learning-rate": Table("Learning rate on hybrid, accuracy", "network", "lr"),
-    "optimizer": Table("Optimizer, custom on hybrid", "optimizer", METRICS),
-    "weight-decay": Table("Weight decay, accuracy", "network", "weight_decay"),
-    "dropout": Table("Dropout, custom on hybrid", "dropout", ("accuracy", "precision")),
-    "moe": Table("Mixture of experts", "part", MIXTURE),
-    "fewshot": Table("Few-shot learning", "fraction", ("accuracy", "recall", "precision", "f1", "1 prototype", "nearest image")),
-    "regular": Table("Regular training on the same fractions", "fraction", ("accuracy",)),
-    "beyond": Table("Beyond the study", "run", ("accuracy", "f1", "loss", "accuracy with mirror images")),
-    "beyond-moe": Table("Beyond the study: mixture of experts", "part", MIXTURE),
-    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "method"),
+    "overfitting": Table(None, "arch", ("accuracy",), fixed={"epochs": 30}, ignore=NETWORK),
+    "initial": Table("Initial results", "arch", METRICS, ignore=NETWORK),
+    "augmentation": Table("Augmentation, accuracy", "arch", "aug", ignore=NETWORK),
+    "hybrid": Table("Hybrid augmentation", "arch", ("accuracy",), fixed=HYBRID, ignore=NETWORK),
+    "learning-rate": Table("Learning rate on hybrid, accuracy", "arch", "lr", fixed=HYBRID, ignore=NETWORK),
+    "optimizer": Table("Optimizer, custom on hybrid", "optimizer", METRICS, fixed=HYBRID, ignore={"momentum": {}}),
+    "weight-decay": Table("Weight decay, accuracy", "arch", "weight_decay", ignore=NETWORK),
+    "dropout": Table("Dropout, custom on hybrid", "dropout", ("accuracy", "precision"), fixed=HYBRID),
+    "moe": Table("Mixture of experts", tuple(MIXTURE), LOSS_FIRST, script="moe"),
+    "fewshot": Table("Few-shot learning", "fraction", (*METRICS[:4], "1 prototype", "nearest image"),
+                     script="fewshot", ignore=SIZES),
+    "regular": Table("Regular training on the same fractions", "fraction", ("accuracy",),
+                     fixed={"aug": "flip+autoaugment"}, ignore=SIZES),
+    "beyond": Table("Beyond the study", "step", ("accuracy", "f1", "loss", "accuracy with mirror images"),
+                    steps=ladder("custom") | ladder("resnet18") | ladder("densenet121") | ladder("efficientnet_b0")),
+    "beyond-moe": Table("Beyond the study: mixture of experts", tuple(MIXTURE), LOSS_FIRST, script="moe", fixed={
+        "train_adapters": True, "adapter_width": 512,
+        "experts": ("airplane,automobile,ship,truck", "bird,cat,deer,dog,frog,horse")}),
+    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "step",
+                            ignore={**SIZES, "epochs": {}, "episodes": {}}, steps={
+        "few-shot, 3 prototypes": {"script": "fewshot"}, "1 prototype": {"script": "fewshot"},
+        "nearest image": {"script": "fewshot"}, "regular training": {"aug": "flip+autoaugment"},
+        "regular training, one-cycle": {"aug": "flip+translate+autoaugment", "schedule": "onecycle",
+                                        "batch_size": 32, "steps_per_epoch": 300}}),
+    "other": Table("Other runs", "run", METRICS),
 }  # fmt: skip
-for name in STUDY:  # tables that only study.py names
-    TABLES.setdefault(name, Table(name.replace("-", " ").capitalize(), "run", METRICS))
 
 
 def read_published(text):
-    """{(table, row, column): (mean, std)}, std None for a single seed. text: one block per table, columns first."""
-    numbers = {}
-    for block in text.strip().split("\n\n"):
-        (name, *columns), *rows = (line.split() for line in block.splitlines())
-        for row, *cells in rows:
-            for column, cell in zip(columns, cells, strict=True):
-                mean, _, std = cell.partition("±")
-                numbers[name, row, column] = (float(mean), float(std) if std else None)
-    return numbers
+    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. std is None for a
+    single seed, the pair is None for `-`."""
+    published = defaultdict(lambda: defaultdict(dict))
+    for first, *words in map(str.split, text.strip().splitlines()):
+        if first in TABLES:
+            columns = [word.split("/") if "/" in word else (first, word) for word in words]
+            continue
+        for (table, column), word in zip(columns, words, strict=True):
+            numbers = None if word == "-" else (*map(float, word.split("±")), None)[:2]
+            published[table][first][column] = numbers
+    return published
 
 
-# N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the mixture: one).
-# Hybrid, learning rate and optimizer are from the report behind the slides.
+# N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the mixture:
+# one). Hybrid, learning rate and optimizer are from the report behind the slides. Tables keep this order.
 PUBLISHED = read_published("""
 initial         accuracy      recall        precision     f1            loss
 resnet18        0.6775±0.0015 0.6775±0.0015 0.6763±0.0010 0.6752±0.0017 0.9602±0.0293
 densenet121     0.7197±0.0004 0.7194±0.0004 0.7198±0.0002 0.7181±0.0010 0.8725±0.0111
 efficientnet_b0 0.7262±0.0011 0.7262±0.0009 0.7258±0.0011 0.7249±0.0010 0.8138±0.0232
 custom          0.7329±0.0026 0.7329±0.0026 0.7380±0.0013 0.7335±0.0023 0.8443±0.0425
-
-augmentation    flip          rotation      crop          jitter        autoaugment   cutout
-resnet18        0.6970±0.0030 0.6905±0.0015 0.6848±0.0028 0.6690±0.0025 0.6771±0.0013 0.6827±0.0055
-densenet121     0.6548±0.0312 0.7222±0.0026 0.7197±0.0043 0.7151±0.0033 0.6858±0.0118 0.7226±0.0022
-efficientnet_b0 0.7374±0.0121 0.7284±0.0008 0.7222±0.0039 0.1711±0.0427 0.7160±0.0025 0.7252±0.0001
-custom          0.7565±0.0022 0.7405±0.0013 0.7361±0.0015 0.6114±0.0019 0.7261±0.0051 0.7368±0.0021
-
-hybrid          accuracy
-resnet18        0.7063±0.0012
-densenet121     0.6992±0.0103
-efficientnet_b0 0.7321±0.0037
-custom          0.7647±0.0051
-
-learning-rate   0.002         0.001         0.0005
-resnet18        0.6775±0.0038 0.7101±0.0014 0.7097±0.0016
-densenet121     0.6125±0.0081 0.6136±0.0027 0.6018±0.0036
-efficientnet_b0 0.7110±0.0064 0.7277±0.0024 0.7367±0.0024
-custom          0.7557±0.0035 0.7643±0.0032 0.7609±0.0043
-
+augmentation    none flip          rotation      crop          jitter        autoaugment   cutout
+resnet18        -    0.6970±0.0030 0.6905±0.0015 0.6848±0.0028 0.6690±0.0025 0.6771±0.0013 0.6827±0.0055
+densenet121     -    0.6548±0.0312 0.7222±0.0026 0.7197±0.0043 0.7151±0.0033 0.6858±0.0118 0.7226±0.0022
+efficientnet_b0 -    0.7374±0.0121 0.7284±0.0008 0.7222±0.0039 0.1711±0.0427 0.7160±0.0025 0.7252±0.0001
+custom          -    0.7565±0.0022 0.7405±0.0013 0.7361±0.0015 0.6114±0.0019 0.7261±0.0051 0.7368±0.0021
+learning-rate   0.002         0.001         0.0005        hybrid/accuracy
+resnet18        0.6775±0.0038 0.7101±0.0014 0.7097±0.0016 0.7063±0.0012
+densenet121     0.6125±0.0081 0.6136±0.0027 0.6018±0.0036 0.6992±0.0103
+efficientnet_b0 0.7110±0.0064 0.7277±0.0024 0.7367±0.0024 0.7321±0.0037
+custom          0.7557±0.0035 0.7643±0.0032 0.7609±0.0043 0.7647±0.0051
 optimizer       accuracy      recall        precision     f1            loss
 adam            0.7643±0.0032 0.7643±0.0032 0.7666±0.0019 0.7629±0.0028 0.6810±0.0102
 adagrad         0.6534±0.0033 0.6534±0.0033 0.6484±0.0031 0.6469±0.0039 0.9785±0.0080
 adamax          0.7593±0.0023 0.7593±0.0023 0.7594±0.0016 0.7567±0.0019 0.6927±0.0036
-
-weight-decay    0.0001        0.0002        0.00005
-resnet18        0.6730±0.0020 0.6673±0.0034 0.6753±0.0028
-densenet121     0.6667±0.0016 0.6604±0.0026 0.6656±0.0052
-efficientnet_b0 0.7210±0.0018 0.7148±0.0020 0.7230±0.0011
-custom          0.7290±0.0031 0.7300±0.0081 0.7301±0.0010
-
+weight-decay    0    0.0001        0.0002        0.00005
+resnet18        -    0.6730±0.0020 0.6673±0.0034 0.6753±0.0028
+densenet121     -    0.6667±0.0016 0.6604±0.0026 0.6656±0.0052
+efficientnet_b0 -    0.7210±0.0018 0.7148±0.0020 0.7230±0.0011
+custom          -    0.7290±0.0031 0.7300±0.0081 0.7301±0.0010
 dropout         accuracy      precision
+0               -             -
 0.1             0.7356±0.0022 0.7409±0.0031
 0.2             0.7935±0.0114 0.8003±0.0132
 0.3             0.7411±0.0314 0.7322±0.0401
 0.4             0.7031±0.0218 0.6909±0.0146
-
 moe             loss          accuracy      f1            precision     recall
 mixture         0.6208        0.8034        0.8036        0.8040        0.8034
-
-fewshot         accuracy      recall        precision     f1
-0.001           0.2095±0.0015 0.2095±0.0015 0.2119±0.0010 0.2080±0.0017
-0.002           0.2503±0.0004 0.2503±0.0004 0.2537±0.0002 0.2457±0.0010
-0.005           0.2890±0.0011 0.2890±0.0009 0.2766±0.0011 0.2755±0.0010
-0.01            0.3283±0.0026 0.3283±0.0026 0.3108±0.0013 0.3093±0.0023
-0.02            0.3388±0.0026 0.3387±0.0026 0.3271±0.0013 0.3210±0.0023
-0.05            0.3407±0.0026 0.3407±0.0026 0.3204±0.0013 0.3123±0.0023
-0.1             0.3505±0.0026 0.3505±0.0026 0.3350±0.0013 0.3274±0.0023
-
-regular         accuracy
-0.001           0.1123±0.0083
-0.002           0.1610±0.0281
-0.005           0.1833±0.0255
-0.01            0.2020±0.0162
-0.02            0.3191±0.0204
-0.05            0.3960±0.0151
-0.1             0.4894±0.0116
+fewshot         accuracy      recall        precision     f1            regular/accuracy
+0.001           0.2095±0.0015 0.2095±0.0015 0.2119±0.0010 0.2080±0.0017 0.1123±0.0083
+0.002           0.2503±0.0004 0.2503±0.0004 0.2537±0.0002 0.2457±0.0010 0.1610±0.0281
+0.005           0.2890±0.0011 0.2890±0.0009 0.2766±0.0011 0.2755±0.0010 0.1833±0.0255
+0.01            0.3283±0.0026 0.3283±0.0026 0.3108±0.0013 0.3093±0.0023 0.2020±0.0162
+0.02            0.3388±0.0026 0.3387±0.0026 0.3271±0.0013 0.3210±0.0023 0.3191±0.0204
+0.05            0.3407±0.0026 0.3407±0.0026 0.3204±0.0013 0.3123±0.0023 0.3960±0.0151
+0.1             0.3505±0.0026 0.3505±0.0026 0.3350±0.0013 0.3274±0.0023 0.4894±0.0116
 """)
-
-
-def text_of(value):
-    """A setting's value as tables show it: 0.00005, never 5e-05."""
-    return np.format_float_positional(value, trim="-") if isinstance(value, float) else str(value)
-
-
-def in_words(settings):
-    """Settings in words: `30 epochs, schedule onecycle`."""
-    words = []
-    for key, value in settings.items():
-        if key in ("epochs", "episodes"):
-            words.append(f"{value} {key if value > 1 else key[:-1]}")
-        elif key == "fraction":
-            words.append(f"{100 * value:g} % of train")
-        else:
-            words.append(key.replace("_", " ") + ("" if value is True else f" {text_of(value)}"))
-    return ", ".join(words)
-
-
-def lay_out(name):
-    """The lines of a table: (line, (row, column) of each cell it fills, row it builds on). A run builds on the one
-    above of its network if it only adds settings. A line that would fill another's cells gets its own row."""
-    table, layout, taken = TABLES[name], [], set()
-    for network, lines in STUDY[name].items():
-        row, above = None, {}
-        for line in lines:
-            adds = above.items() <= line.given.items()
-            added = in_words(differing(line.given, {"arch": network} | (above if adds else {})))
-            start = line.settings.get("pretrained")
-            base, row, above = row if adds else None, network, line.given
-            if table.rows == "run" and added:
-                row += (" + " if adds else ": ") + added
-            elif table.rows == "network" and start != lines[0].settings["pretrained"]:
-                row += START[start]
-            elif table.rows not in ("run", "network", "part"):
-                row = text_of(line.settings[table.rows])
-            if taken & set(places(table, line, row)):
-                row += f" ({in_words(line.given)})"
-            layout.append((line, places(table, line, row), base))
-            taken |= set(layout[-1][1])
-    return layout
-
-
-def places(table, line, row):
-    """The (row, column) of each cell that a line fills."""
-    columns = table.columns
-    if columns == "method":
-        columns = METHODS.get((line.script, line.settings["schedule"]), ())
-    elif isinstance(columns, str):
-        columns = [text_of(line.settings[columns])]
-    rows = [row] if table.rows != "part" else PARTS if line.script == "moe" else []
-    return list(itertools.product(rows, columns))
-
-
-LAYOUT = {name: lay_out(name) for name in TABLES}
 
 
 # Results
 
-
-# A result file. settings: all settings of its run; common: what all seeds of a run must share
-Result = collections.namedtuple("Result", "path script settings seed common content")
+# named: whether the folder has the name that its settings give; common: what all seeds of a run must share;
+# results: the contents of its files, by seed
+Run = namedtuple("Run", "name named settings common results")
 
 
 def read(folder):
-    """The finished runs below a folder, a list of Result. Unusable files are reported on standard error."""
-    results, runs_read, fingerprints = [], collections.defaultdict(list), collections.defaultdict(set)
-    for path in sorted(Path(folder).rglob("seed*.json")):
+    """The runs in a folder, a list of Run. Unusable files are reported on standard error."""
+    found, fingerprints = {}, defaultdict(set)
+    paths = [path for path in folder.glob("[!.]*/seed*.json") if re.fullmatch(r"seed\d+", path.stem)]
+    for path in sorted(paths, key=lambda path: (path.parent, int(path.stem[4:]))):
         try:
-            result = understand(path)
-            siblings = runs_read[result.script, frozenset(result.settings.items())]
-            for other in siblings:
-                if other.seed == result.seed:
-                    raise ValueError(f"the same run as {other.path}")
-                for what, value in other.common.items():
-                    if (ours := result.common[what]) != value:
-                        raise ValueError(f"{what} {ours}, and {value} in seed {other.seed} of its run")
+            run = read_result(path)
+            first = found.setdefault(path.parent, run)
+            for what, value in first.common.items():
+                if run.common.get(what) != value:
+                    raise ValueError(f"{what} {run.common.get(what)}, and {value} in other seeds of its run")
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             print(f"left out: {path}: {reason}", file=sys.stderr)
             continue
-        siblings.append(result)
-        results.append(result)
-        fingerprints[result.settings["data"]].add(result.common["data fingerprint"])
-    for result in results:
-        if len(fingerprints[result.settings["data"]]) > 1:  # data sets with the same name, in separate tables
-            result.settings["fingerprint"] = result.common["data fingerprint"]
-    return sorted(results, key=lambda result: result.seed)
+        first.results.extend(run.results if run is not first else [])
+        fingerprints[run.settings["data"]].add(run.common["data fingerprint"])
+    for run in found.values():
+        if len(fingerprints[run.settings["data"]]) > 1:  # data sets of one name, in separate tables
+            run.settings["fingerprint"] = run.common["data fingerprint"]
+    return list(found.values())
 
 
-def understand(path):
-    """Read a Result. Raises ValueError for an unfinished run, and whatever Python raises for other files."""
-    content = json.loads(path.read_text())
+def read_result(path):
+    """A Run of one seed. Raises ValueError for an unusable result, and whatever Python raises for other files."""
+    content = json.loads(path.read_text(encoding="utf-8"))
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
-    config, environment, history = content["config"], content["environment"], content["history"]
+    config, history, classes = content["config"], content["history"], content["data"]["classes"]
+    if path.stem != f"seed{config['seed']}":
+        raise ValueError(f"the result of seed {config['seed']}")
     script = "fewshot" if "way" in config else "moe" if "train_adapters" in config else "train"
-    settings = complete(script, config)
+    settings = {key: config.get(key, default) for key, default in DEFAULTS[script].items()}
     if script != "fewshot" and len(history) != settings["epochs"]:
         raise ValueError(f"half a run: {len(history)} of {settings['epochs']} epochs")
-    splits = ("train",) if script == "fewshot" else ("train", "valid")
-    tested = {"test", *(content.keys() & {*PARTS.values(), *(part for part, _ in COLUMNS.values())})}
-    parts = [content[name] for name in tested]
-    parts += [entry[split] for entry in history for split in splits]
+    parts = [content[part] for part in {"test", *(content.keys() & PARTS.values())}]
+    parts += [epoch[split] for epoch in history for split in ("train", "valid")[: 1 + (script != "fewshot")]]
     if not all(math.isfinite(part[metric]) for part in parts for metric in METRICS):
         raise ValueError("a metric is not finite")
-    classes = len(content["data"]["classes"])
-    if np.shape(content["confusion"]) != (classes, classes):
-        raise ValueError(f"confusion is not of {classes} classes")
-    if script == "moe" and np.shape(content["gate"]) != (classes, 3):
-        raise ValueError(f"gate is not of {classes} classes and 3 experts")
-    for part, cost in content.get("cost", {}).items():
-        content[part] |= cost
-    common = {
-        "data set": content["data"]["name"],
-        "data fingerprint": content["data"]["fingerprint"],
-        "dtype": environment["dtype"],
-        "major version of torch": environment["torch"].split(".")[0],
-    }
-    common = {what: str(value) for what, value in common.items()}
-    return Result(path, script, settings, int(config["seed"]), common, content)
+    experts = len(settings["experts"]) + 1 if script == "moe" else 0
+    if np.shape(content["confusion"]) != (len(classes), len(classes)):
+        raise ValueError(f"confusion is not of {len(classes)} classes")
+    if experts and np.shape(content["gate"]) != (len(classes), experts):
+        raise ValueError(f"gate is not of {len(classes)} classes and {experts} experts")
+
+    folder, name, environment = path.parent.name, content["data"]["name"], content["environment"]
+    only = None if config["classes"] is None else data.spec(classes)
+    names = [name, *re.findall(re.escape(name) + "-[0-9a-f]{8}", folder)]  # older files lack the digits
+    args = argparse.Namespace(**settings)
+    names = [name for name in names if SCRIPTS[script].run_name(args, name, only) == folder]
+    settings = identity(script, settings) | {"data": (names or [name])[0], "classes": only}
+    if settings.pop("amp") != "auto":
+        settings["compute dtype"] = environment["dtype"]
+    common = {**settings, "classes": tuple(classes), "data fingerprint": content["data"]["fingerprint"],
+              "dtype": environment["dtype"], "major version of torch": environment["torch"].split(".")[0]}  # fmt: skip
+    hash(tuple(common.values()))  # TypeError for a list where none belongs
+    return Run(folder, bool(names), settings, common, [content])
 
 
-# One table. group: {setting: value} in which all its results differ from the study; found: {(row, column): results};
-# notes: settings of single cells; cells: a Cell for each row and column, row by row
-Block = collections.namedtuple("Block", "name group found notes cells")
+def identity(script, settings):
+    """The settings that have a part in what a run is, with its script."""
+    kept = {key: value for key, value in settings.items() if key not in runs.NEUTRAL or key == "amp"}
+    return {"script": script, **{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}}
 
 
-def arrange(results, published):
-    """A Block for each table that has results, those with the study's own settings first; and the results in no table.
+DEFAULTS = {name: vars(script.make_parser().parse_args([])) for name, script in SCRIPTS.items()}
+RECIPES = {name: {**identity(name, settings), "data": "cinic10"} for name, settings in DEFAULTS.items()}
+RECIPES["fewshot"] |= {"way": 5, "shot": 5}  # fewer on small data, by default
 
-    A table whose results all appear together in another table is omitted.
-    """
-    tables, paths, used = collections.defaultdict(dict), collections.defaultdict(set), set()
-    own = complete("train", {}).keys() ^ complete("fewshot", {}).keys()
-    for name, result in itertools.product(TABLES, results):
-        differs, cells = nearest(name, result)
-        if differs is None:
+
+# From results to tables
+
+# A table of one context, {setting: value}; shown: whether it is printed
+View = namedtuple("View", "name table context heading cells shown")
+# unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best, ≈ if
+# not significantly different; published: (mean, std) or None
+Cell = namedtuple("Cell", "row column run unlike values mark published")
+
+
+def belongs(run, table, step):
+    """None if a run does not belong to a table, at one of its steps: its settings have to be the recipe's, apart
+    from those that rows and columns show, those that the table fixes or ignores, and its context. Otherwise two
+    dictionaries of settings: its context, and what is unlike the study's run of its row, since it is ignored."""
+    if table.rows == "run":
+        keys = ("data", "fingerprint", "classes")  # what it was tested on
+        return {k: run.settings[k] for k in keys if run.settings.get(k) != RECIPES["train"].get(k)}, {}
+    fixed = {"script": table.script, **table.fixed, **table.steps[step]}
+    context, unlike, recipe = {}, {}, RECIPES[fixed["script"]]
+    for key, value in run.settings.items():
+        usual = table.ignore.get(key, {}).get(run.settings.get(table.rows), recipe.get(key))
+        if value == fixed.get(key, usual) or key in (table.rows, table.columns):
             continue
-        used.add(result.path)
-        start = START[differs.pop("pretrained")] if "pretrained" in differs else ""
-        words = ""
-        if name == "fewshot" or TABLES[name].columns == "method":  # episodes or epochs: no table of their own
-            words = in_words({key: differs.pop(key) for key in list(differs) if key in own})
-        key = name, tuple(sorted(differs.items()))
-        for row, column in cells:
-            tables[key].setdefault((row + start, column), {}).setdefault(words, []).append(result)
-            paths[key].add(result.path)
-    keys = sorted(tables, key=lambda key: (TABLES[key[0]].columns == "method", len(key[1])))
-    for number, key in enumerate(keys):
-        if any(paths[key] <= paths[other] for other in keys[:number]):
-            del tables[key]
-    blocks = [Block(name, dict(group), *unite(variants), []) for (name, group), variants in tables.items()]
-    blocks = [block._replace(cells=cells_of(block, published)) for block in blocks]
-    blocks.sort(key=lambda block: (len(block.group), str(block.group)))
-    return blocks, [result for result in results if result.path not in used]
+        if key in table.ignore:
+            unlike[key] = value
+        elif key in CONTEXT and key not in fixed:
+            context[key] = value
+        else:
+            return None
+    return (context, unlike) if run.named else None
 
 
-def unite(variants):
-    """{(row, column): results} and notes, from {(row, column): {settings in words: results}}. Settings that differ from
-    the study's are in a note if the cell has no others, else in the name of a column of their own."""
-    found, rows = {}, collections.defaultdict(list)
-    for (row, column), by_words in sorted(variants.items()):
-        for words, results in by_words.items():
-            if words and len(by_words) > 1:
-                found[row, f"{column} ({words})"] = results
-                continue
-            found[row, column] = results
-            if words:
-                rows[f"{results[0].script}.py", words].append(row)
-    notes = [f"{script} at {', '.join(dict.fromkeys(at))}: {words}" for (script, words), at in rows.items()]
-    return found, notes
+def make_views(found, published):
+    """A View for each table and context that has results, those with the study's context first."""
+    views, seen = [], set()
+    for name, table in TABLES.items():
+        groups = defaultdict(lambda: defaultdict(list))  # {context: {place: runs}}
+        for run, step in itertools.product(found, table.steps):
+            fits = belongs(run, table, step)
+            if fits and not (name == "other" and run.name in seen):
+                context, unlike = fits
+                start = {True: STARTS[0], False: STARTS[1], None: ""}[unlike.pop("pretrained", None)]
+                settings = {**run.settings, "step": step, "run": run.name}
+                rows, columns = ([text_of(settings[a])] if isinstance(a, str) else a for a in table[1:3])
+                for row, column in itertools.product(rows, columns):
+                    groups[tuple(sorted(context.items()))][row + start, column].append((unlike, run))
+        for context, group in sorted(groups.items(), key=lambda item: len(item[0])):
+            # Of two runs for one cell, the nearer to the study's
+            group = {
+                place: min(fits, key=lambda fit: (len(fit[0]), fit[1].name)) for place, fits in group.items()
+            }
+            new = {place for place, (_, run) in group.items() if run.name not in seen}
+            compared = new if isinstance(table.columns, str) else {row for row, _ in new}
+            shown = bool(table.title) and (not context or name == "other" or len(compared) > 1)
+            cells = make_cells(table, context, group, published[name])
+            views.append(View(name, table, dict(context), heading(dict(context)), cells, shown))
+            seen |= {run.name for _, run in group.values()} if shown else set()
+    return sorted(views, key=lambda view: (len(view.context), str(view.context)))
 
 
-def nearest(name, result):
-    """The line of a table that is closest to a result and differs in no studied setting: {setting: the result's value}
-    where they differ, and the line's cells. (None, None) if there is none."""
-    fits = []
-    for line, cells, _ in LAYOUT[name]:
-        fixed = {*STUDIED, *line.given, TABLES[name].rows}
-        fixed -= {"pretrained"} if TABLES[name].rows == "network" else set()
-        differs = differing(result.settings, line.settings)
-        if result.script == line.script and not fixed & differs.keys():
-            fits.append((differs, cells))
-    return min(fits, key=lambda fit: len(fit[0]), default=(None, None))
-
-
-# Cells
-
-# What csv and json print. std: n - 1, None for a single seed. tied: not significantly different from the best by Welch's test
-FIELDS = "group table row column mean std seeds slides_mean slides_std difference best tied"
-Cell = collections.namedtuple("Cell", FIELDS)
-
-
-def cells_of(block, published):
-    """The cells of a table, row by row. published: as PUBLISHED."""
-    table, group, cells = TABLES[block.name], describe(block), []
-    places = itertools.product(*labels(block))
-    values = {place: numbers(block.found.get(place, []), *place) for place in places}
-    comparable = not block.group and not block.notes
-    axis = 0 if isinstance(table.columns, str) else 1  # mark the best of a row, or of a column?
-    for place, seeds in values.items():
-        mean = float(np.mean(seeds)) if seeds else None
-        std = float(np.std(seeds, ddof=1)) if len(seeds) > 1 and place[1] not in COSTS else None
-        theirs = published.get((block.name, *place)) if seeds and comparable else None
-        difference = mean - theirs[0] if theirs else None
-        rivals = [others for other, others in values.items() if others and other[axis] == place[axis]]
-        best = tied = False
-        if seeds and len(rivals) > 1 and place[1] not in COSTS and (axis == 0 or table.rows != "fraction"):
-            first = (min if place[1] == "loss" else max)(rivals, key=np.mean)
-            best = seeds is first
-            tied = not best and min(len(seeds), len(first)) >= 3 and p_value(seeds, first) > 0.05
-        ours = (group, table.title, *place, mean, std, len(seeds))
-        cells.append(Cell(*ours, *(theirs or (None, None)), difference, best, tied))
+def make_cells(table, context, group, published):
+    """The cells of a table, row by row. group: {(row, column): (what is unlike the study's run, run)}."""
+    rows, columns = zip(*group, strict=True)
+    rows = in_order(rows, table.rows, table.steps, published)
+    columns = in_order(columns, table.columns, table.steps, next(iter(published.values()), ()))
+    values, cells = {place: values_of(run, *place) for place, (_, run) in group.items()}, []
+    columns = [column for column in columns if any(values.get((row, column)) for row in rows)]
+    for row, column in itertools.product(rows, columns):
+        unlike, run = group.get((row, column), ({}, None))
+        theirs = published.get(row, {}).get(column) if run and not context and not unlike else None
+        ours, marked = values.get((row, column), []), mark(table, (row, column), values)
+        cells.append(Cell(row, column, run, unlike, ours, marked, theirs))
     return cells
 
 
-def labels(block):
-    """Labels of rows and columns, numbers sorted. The slides' tables show the whole study, except fractions for which
-    another data set may have too few images, and networks present with the other start; other tables show what has
-    results."""
-    table, slides = TABLES[block.name], not block.name.startswith("beyond")
-    cells = [cell for _, cells, _ in LAYOUT[block.name] for cell in cells]
-    all_rows, all_columns = (sorted(dict.fromkeys(axis), key=size) for axis in zip(*cells, strict=True))
-    filled = {place[1] for place, results in block.found.items() if numbers(results, *place)}
-    filled |= set(all_columns) if slides else set()
-    columns = sorted(filled, key=lambda label: (all_columns.index(label.split(" (")[0]), label))
-    counts, rows = collections.Counter(row for row, _ in block.found), []
-    for row in all_rows:
-        others = [row + start for start in START.values() if row + start in counts]
-        if row in counts and isinstance(table.columns, str):
-            others = [other for other in others if counts[other] > 1]  # more than the baseline
-        if row in counts or (slides and not others and not (block.group and table.rows == "fraction")):
-            rows.append(row)
-        rows += [other for other in others if other not in all_rows]
-    return rows, columns
+def in_order(labels, axis, steps, published):
+    """Rows or columns, each once: known ones in their order, then numbers by size, then names."""
+    known = steps if axis == "step" else published if isinstance(axis, str) else axis
+    known = [label + start for label in known for start in ("", *STARTS)]
+
+    def rank(label):
+        size = float(label) if re.fullmatch(r"\d+(\.\d+)?", label) else math.inf
+        return known.index(label) if label in known else len(known), size, label
+
+    return sorted(set(labels), key=rank)
 
 
-def size(label):
-    """A sort key: numbers by size, other labels in the study's order."""
-    return float(label) if re.fullmatch(r"[\d.]+", label) else math.inf
-
-
-def numbers(results, row, column):
+def values_of(run, row, column):
     """The numbers in a cell, one per seed that has it."""
-    part, metric = COLUMNS.get(column.split(" (")[0], ("test", "accuracy"))
-    part = PARTS.get(row, part)
-    if part in ("pair", "ensemble"):
-        results = results[:1]  # the same networks whatever the seed
-    return [r.content[part][metric] for r in results if metric in r.content.get(part, {})]
+    part = PARTS.get(row if run.settings["script"] == "moe" else column, "test")
+    # The base networks of these are the same whatever the seed
+    results = run.results[:1] if part in ("pair", "ensemble") else run.results
+    return [result[part][column if column in METRICS else "accuracy"] for result in results if part in result]
+
+
+def mark(table, place, values):
+    """`**` for the best of a row or column, as printed, `≈` for what is not significantly different from it."""
+    axis, ours = 0 if isinstance(table.columns, str) else 1, values.get(place)
+    rivals = [theirs for other, theirs in values.items() if theirs and other[axis] == place[axis]]
+    if not ours or len(rivals) < 2 or (axis == 1 and table.rows == "fraction"):
+        return ""
+    best = (min if place[1] == "loss" else max)(round(np.mean(theirs), 4) for theirs in rivals)
+    if round(np.mean(ours), 4) == best:
+        return "**"
+    firsts = [theirs for theirs in rivals if round(np.mean(theirs), 4) == best and len(theirs) > 2]
+    return "≈" if len(ours) > 2 and any(p_value(ours, first) > 0.05 for first in firsts) else ""
 
 
 def p_value(first, second):
-    """Two-sided p of Welch's t-test for two samples; None if one has a single value. Welch, 1947."""
-    if min(len(first), len(second)) < 2:
-        return None
+    """Two-sided p of Welch's t-test for two samples of at least two values. Welch, 1947."""
     a, b = (np.var(values, ddof=1) / len(values) for values in (first, second))
     distance = abs(np.mean(first) - np.mean(second))
     if a + b == 0:
@@ -474,364 +363,337 @@ def p_value(first, second):
 
 # Printing
 
-
-def describe(block, but=()):
-    """The data set, then the settings in which a table differs from the study, except those in `but`."""
-    (first, *_), *_ = block.found.values()
-    data_set = first.common["data set"].replace("cinic10", "CINIC-10")
-    settings = in_words({key: value for key, value in block.group.items() if key not in ("data", *but)})
-    return f"{data_set}, {settings}" if settings else data_set
-
-
-def caption(block):
-    """Data set, settings and length of training."""
-    settings = [result.settings for results in block.found.values() for result in results]
-    lengths = {(key, run[key]) for run in settings for key in ("epochs", "episodes") if key in run}
-    lengths = " or ".join(in_words(dict([length])) for length in sorted(lengths))
-    return f"{describe(block, but=('epochs', 'episodes'))}, {lengths}"
+LATEX = r"""\begin{table}
+\centering
+\setlength{\belowcaptionskip}{6pt}
+\caption{%s}
+\label{tab:%s}
+\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%%
+%s}
+\end{table}
+"""
 
 
-def slug(name, group):
-    """A file name or label that includes a group's settings."""
-    return name + re.sub(r"[^\w.]+", "-", "".join(f"-{key}-{text_of(value)}" for key, value in group.items()))
+def text_of(value):
+    """A setting's value as tables show it: 0.00005, never 5e-05."""
+    if isinstance(value, float):
+        return np.format_float_positional(value, trim="-")
+    return "; ".join(value) if isinstance(value, tuple) else str(value)
 
 
-def command(block, folder):
-    """The command that fills a table's empty cells. folder: the results folder."""
-    settings = dict(block.group)
-    data, _ = settings.pop("data", None), settings.pop("fingerprint", None)
-    seeds = sorted({result.seed for results in block.found.values() for result in results})
-    pretrained = {"resnet18", "efficientnet_b0"} & {row for row, _ in block.found}
-    words = ["bash", "run_all.sh", "--only", block.name]
-    words += ["--data", data] if data else []
-    words += ["--out", str(folder)] if str(folder) != "results" else []
-    words += ["--seeds", " ".join(map(str, seeds))] if seeds != [1, 2, 3] else []
-    words += ["--from-scratch"] if data and TABLES[block.name].rows == "network" and not pretrained else []
-    words += ["--"] if settings else []
-    for key, value in settings.items():
-        words += [f"--{key.replace('_', '-')}"] + ([] if value is True else [text_of(value)])
-    return shlex.join(words)
+def describe(settings):
+    return ", ".join(f"{key.replace('_', ' ')} {text_of(settings[key])}" for key in settings)
 
 
-def escaped(text):
-    """Text escaped for LaTeX, with a minus sign in front of numbers, and bold between `**`."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "≈": r"$\approx$", "<": "$<$", ">": "$>$", "−": "$-$"}
-    special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    text = "".join(special.get(character, character) for character in re.sub(r"^-(?=\d)", "−", text))
-    return re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", text)
+def heading(context):
+    """The data set, then other settings: `CINIC-10, epochs 30`."""
+    name, *others = context.get("data", "cinic10"), {key: context[key] for key in context if key != "data"}
+    name = {"cinic10": "CINIC-10", "cifar10": "CIFAR-10"}.get(name, name)
+    return ", ".join([name, *map(describe, filter(None, others))])
 
 
-def print_tables(blocks, args):
-    """Print every table, as GitHub shows it or for LaTeX."""
-    heading, note, show = ("%", "% ", latex_table) if args.format == "latex" else ("##", "", github_table)
-    if args.format == "latex":
-        print("% in the preamble: \\usepackage{booktabs,graphicx}\n")
-    group = None
-    for block in blocks:
-        if block.group != group:
-            group = block.group
-            print(f"{heading} {describe(block)}\n")
-            if group and not args.no_published:
-                text = "Not CINIC-10 with the study's settings: the published numbers are not comparable."
-                print(f"{note}{text}\n")
-        usual = statistics.mode(cell.seeds for cell in block.cells if cell.seeds)  # cells need not say it
-        print(show(block, written(block, usual), explanation(block, usual)) + "\n")
-        if any((cell.row, cell.column) not in block.found for cell in block.cells):
-            print(f"{note}Missing: `{command(block, args.results)}`\n")
+def mean_and_std(values):
+    """The mean of some numbers and their standard deviation (n - 1), None for a single one."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def written(block, usual):
-    """The rows of a printed table, header first: ours and, if available, the slides' and the difference."""
-    rows = TABLES[block.name].rows
-    corner = "" if rows in ("network", "run", "part") else rows.replace("_", " ")
-    lines = [[corner, *dict.fromkeys(cell.column for cell in block.cells)]]
-    accuracy = {cell.row: cell.mean for cell in block.cells if cell.column == "accuracy" and cell.seeds}
-    bases = {cells[0][0]: base for _, cells, base in LAYOUT[block.name] if base in accuracy}
-    for row, cells in itertools.groupby(block.cells, key=lambda cell: cell.row):
+def in_digits(mean, std):
+    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+
+
+def plain(text, latex):
+    """User's text and marks for LaTeX, with a minus sign before numbers, or without what GitHub takes for markup."""
+    text = " ".join(text.split())
+    if not latex:
+        return re.sub(r"([\\|<`$])", r"\\\1", text)
+    rules = {**tabulate.LATEX_ESCAPE_RULES, "±": r"$\pm$", "≈": r"$\approx$", "…": r"\dots{}"}
+    text = re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", "".join(rules.get(letter, letter) for letter in text))
+    return re.sub(r"^-(?=\d)", "$-$", text)
+
+
+def print_views(views, latex):
+    """Print tables, as GitHub shows them or for LaTeX."""
+    context, start = None, "% " if latex else ""
+    if latex:
+        print("% in the preamble: \\usepackage{graphicx}\n")
+    for view in views:
+        if view.context != context:
+            context = view.context
+            print(f"{start or '## '}{view.heading}\n")
+            if context:
+                print(f"{start}Not the study's data and settings: its numbers are not comparable.\n")
+        usual = statistics.mode(len(cell.values) for cell in view.cells if cell.values)
+        lines = [[plain(text, latex) for text in line] for line in written(view, usual)]
+        style = {"disable_numparse": True, "colalign": ["left", *["right"] * (len(lines[0]) - 1)]}
+        table = tabulate.tabulate(lines, "firstrow", "latex_raw" if latex else "github", **style)
+        title, text = view.table.title, explanation(view, usual)
+        if latex:
+            caption = plain(f"{title}: {view.heading}, test split. {text}", latex)
+            print(LATEX % (caption, slug(view.name, view.heading), table))
+        else:
+            print(f"### {title}\n\n{table}\n\n{text}\n")
+
+
+def written(view, usual):
+    """The rows of a printed table, header first: ours and, if available, the study's and the difference. usual: the
+    number of seeds that cells need not say."""
+    table, other = view.table, view.name == "other"
+    columns = dict.fromkeys(cell.column for cell in view.cells)
+    corner = table.rows if table.rows in ("optimizer", "dropout", "fraction") else ""
+    lines = [[corner, *["n"] * other, *columns, *["gain"] * (table.rows == "step")]]
+    above, means = {step: before for before, step in itertools.pairwise(table.steps)}, {}
+    for row, cells in itertools.groupby(view.cells, key=lambda cell: cell.row):
         cells = list(cells)
-        lines.append([row, *(our_number(cell, usual) for cell in cells)])
-        if rows == "run":
-            gains = row in accuracy and row in bases
-            lines[-1].append(signed(accuracy[row] - accuracy[bases[row]] if gains else None))
-        if any(cell.slides_mean is not None for cell in cells):
-            lines.append(["slides", *(mean_and_std(cell.slides_mean, cell.slides_std) for cell in cells)])
-            lines.append(["difference", *(signed(cell.difference) for cell in cells)])
-    lines[0] += ["gain"] if rows == "run" else []
+        lines.append([row, *[str(len(cells[0].values))] * other])
+        for cell in cells:
+            text = in_digits(*mean_and_std(cell.values)) if cell.values else "-"
+            text += f" (n = {len(cell.values)})" if len(cell.values) not in (0, usual) and not other else ""
+            lines[-1].append(f"**{text}**" if cell.mark == "**" else f"{text} {cell.mark}".strip())
+        if table.rows == "step":
+            means[row], base = np.mean(cells[0].values), means.get(above.get(row)) if "+" in row else None
+            lines[-1].append(f"{means[row] - base:+.4f}" if base else "")
+        if any(cell.published for cell in cells):
+            lines.append(["study", *(in_digits(*cell.published) if cell.published else "" for cell in cells)])
+            gains = (f"{np.mean(c.values) - c.published[0]:+.4f}" if c.published else "" for c in cells)
+            lines.append(["difference", *gains])
     return lines
 
 
-def our_number(cell, usual):
-    if cell.seeds and cell.column in COSTS:
-        return COSTS[cell.column].format(cell.mean)
-    text = mean_and_std(cell.mean, cell.std) or "-"
-    text += f" (n = {cell.seeds})" if cell.seeds not in (0, usual) else ""
-    text = f"**{text}**" if cell.best else text
-    return f"{text} ≈" if cell.tied else text
-
-
-def explanation(block, usual):
+def explanation(view, usual):
     """What a table's numbers and marks mean."""
-    text = f"Mean ± standard deviation over n = {usual} seeds"
-    if usual == 1:
-        text = "One seed (n = 1) unless a cell says otherwise"
-    marked = [cell for cell in block.cells if cell.best or cell.tied]
-    if marked:
-        text += f"; bold: best of its {'row' if isinstance(TABLES[block.name].columns, str) else 'column'}"
-    if any(cell.tied for cell in marked):
-        seeds = span(cell.seeds for cell in marked if cell.seeds > 2)
-        text += f"; ≈: not significantly different from the best (Welch, p > 0.05, n = {seeds})"
-    counts = {cell.seeds for cell in block.cells if cell.seeds}
-    if marked and min(counts) < 3 <= max(counts):
-        text += "; not tested where a cell or the best has n < 3"
-    return "; ".join([text, *block.notes]) + "."
+    text = [f"Mean ± standard deviation over n = {usual} seeds" if usual > 1 else "One seed (n = 1)"]
+    text[0] += " unless a cell says otherwise" * bool({len(cell.values) for cell in view.cells} - {0, usual})
+    if view.name == "other":
+        text = ["Runs that no table shows: mean ± standard deviation over n seeds"]
+    if any(cell.mark for cell in view.cells):
+        text.append(f"bold: best of its {'row' if isinstance(view.table.columns, str) else 'column'}")
+        text.append("≈: not significantly different from the best (Welch, p > 0.05, tested from n = 3 on)")
+    text += dict.fromkeys(f"{describe(cell.unlike)} at {cell.row}" for cell in view.cells if cell.unlike)
+    return "; ".join(text) + "."
 
 
-def span(counts):
-    """`3`, or `1–3` if the counts differ."""
-    first, *others = sorted(set(counts))
-    return f"{first}–{others[-1]}" if others else str(first)
+def slug(*words):
+    """A file name or label: letters, digits and single dashes."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")
 
 
-def mean_and_std(mean, std):
-    text = "" if mean is None else f"{mean:.4f}"
-    return text if std is None else f"{text} ± {std:.4f}"
+def print_rows(found):
+    """Print CSV with a row for each seed of each run: the settings in which runs differ, and the test metrics."""
+    keys = dict.fromkeys(key for run in found for key in run.settings if key not in ("data", "fingerprint"))
+    keys = [key for key in keys if len({run.settings.get(key) for run in found}) > 1]
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["run", "seed", "data", "fingerprint", *keys, *METRICS])
+    for run in found:
+        settings = ["" if run.settings.get(key) is None else text_of(run.settings[key]) for key in keys]
+        for result in run.results:
+            first = [run.name, result["config"]["seed"], run.settings["data"], run.common["data fingerprint"]]
+            writer.writerow([*first, *settings, *(result["test"][metric] for metric in METRICS)])
 
 
-def signed(number):
-    return "" if number is None else f"{number:+.4f}"
+# Figures: each function draws cells of a table
 
 
-def github_table(block, lines, text):
-    aligned = ["left"] + ["right"] * (len(lines[0]) - 1)
-    table = tabulate.tabulate(lines, "firstrow", "github", disable_numparse=True, colalign=aligned)
-    return f"### {TABLES[block.name].title}\n\n{table}\n\n{text}"
+def draw_lines(figure, lines, xlabel, ylabel, style):
+    """Draw means with error bars of one standard deviation, a panel for each title. Returns the panels' axes.
 
-
-def latex_table(block, lines, text):
-    """A table environment, no wider than the text."""
-    caption_text = escaped(f"{TABLES[block.name].title}: {caption(block)}, test split. {text}")
-    head, *body = [" & ".join(map(escaped, line)) + r" \\" for line in lines]
-    return "\n".join([
-        r"\begin{table}", r"\centering", r"\setlength{\belowcaptionskip}{6pt}", rf"\caption{{{caption_text}}}",
-        rf"\label{{{slug(f'tab:{block.name}', block.group)}}}",
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{l{'r' * (len(lines[0]) - 1)}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
-        r"\end{tabular}}", r"\end{table}",
-    ])  # fmt: skip
-
-
-# Figures
-
-# Okabe and Ito's colours, distinguishable by colour-blind readers
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-def curve(axes, results, part, metric, label, colour):
-    """Plot a metric's mean over seeds by epoch, with a band of one standard deviation."""
-    values = np.array([[entry[part][metric] for entry in r.content["history"]] for r in results])
-    mean, std = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0
-    epochs = np.arange(1, len(mean) + 1)
-    axes.plot(epochs, mean, label=label, color=colour, marker="o" if len(epochs) < 6 else None)
-    axes.fill_between(epochs, mean - std, mean + std, color=colour, alpha=0.2, linewidth=0)
-    longest = max(len(drawn.get_xdata()) for drawn in axes.lines)
-    step = -(-longest // 10)
-    axes.set(xlabel="epoch", xlim=(0.5, longest + 0.5), xticks=range(step, longest + 1, step))
-
-
-def legend(figure, title=None):
-    """One legend for all panels, below them."""
+    lines: {(title, label): (x, mean, std)}, each (points,); std is NaN where there is no bar.
+    """
+    titles, labels = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=bool(ylabel)).flat
     handles = {}
-    for axes in figure.axes:
-        handles |= {handle.get_label(): handle for handle in axes.get_legend_handles_labels()[0]}
-    longest = max(map(len, handles))
-    columns = 5 if longest < 12 else 3 if longest < 30 else 1
-    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
-    figure.legend(handles.values(), handles.keys(), title=title, **place)
+    for (title, label), points in lines.items():
+        axes, colour = grid[titles.index(title)], f"C{labels.index(label)}"
+        axes.set(title=title if ylabel else None, xlabel=xlabel, ylabel=ylabel or title)
+        handles[label] = axes.errorbar(*points, fmt=style, color=colour, capsize=3)
+    for axes in grid[len(titles) :]:
+        axes.set_visible(False)
+    columns = 5 if max(map(len, labels)) < 12 else 3
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    return grid[: len(titles)]
 
 
-def panels(figure, titles):
-    """{title: axes}, two per row."""
-    grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=True)
-    for axes, title in itertools.zip_longest(grid.flat, titles):
-        axes.set_title(title, fontsize=11)
-        axes.set_visible(title is not None)
-    return dict(zip(titles, grid.flat, strict=False))
+def draw_epochs(figure, cells):
+    """Validation accuracy by epoch: a panel per row and a line per column, or one panel with a line per row; of a
+    single run also training and loss. Lines end in error bars, side by side."""
+    series = {(cell.row, cell.column): (cell.run, "valid", "accuracy") for cell in cells}
+    if all(cell.column == "accuracy" for cell in cells):
+        series = {("", row): what for (row, _), what in series.items()}
+    if len(cells) == 1:
+        whats = itertools.product(("accuracy", "loss"), ("train", "valid"))
+        series = {(metric, part): (cells[0].run, part, metric) for metric, part in whats}
+    lines, labels = {}, list(dict.fromkeys(label for _, label in series))
+    for name, (run, part, metric) in series.items():
+        values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
+        end = values.shape[1] * (1.03 + 0.03 * labels.index(name[1]))
+        std = [math.nan] * values.shape[1] + [mean_and_std(values[:, -1])[1] or math.nan]
+        lines[name] = [*range(1, values.shape[1] + 1), end], [*values.mean(0), values[:, -1].mean()], std
+    draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
 
 
-def drawn_cells(block):
-    """The cells with results, without rows that have only the recipe's own setting, if others have more."""
-    recipe = text_of(complete("train", {}).get(TABLES[block.name].columns))
-    cells = [cell for cell in block.cells if cell.seeds]
-    compared = {cell.row for cell in cells if cell.column != recipe}
-    return [cell for cell in cells if cell.row in compared or not compared]
+def draw_accuracy(figure, cells):
+    """Test accuracy by column, a panel per row; or by fraction, a line per column."""
+    by_fraction = all(cell.row in PUBLISHED["regular"] for cell in cells)
+    known = PUBLISHED["regular"] if by_fraction else PUBLISHED["augmentation"]["custom"]
+    ticks = in_order((cell.row if by_fraction else cell.column for cell in cells), known, (), known)
+    lines = defaultdict(list)
+    for cell in cells:
+        name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
+        lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
+    lines = {name: np.array(points, float).T for name, points in lines.items()}
+    xlabel = "share of the training images" if by_fraction else None
+    for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
+        axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
 
 
-# Each of these draws a table's figure, from the results of one cell or from the whole table
-
-
-def draw_overfitting(figure, results):
-    for axes, metric in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
-        curve(axes, results, "train", metric, "train", COLOURS[0])
-        curve(axes, results, "valid", metric, "validation", COLOURS[1])
-        axes.set_ylabel(metric)
-    legend(figure)
-
-
-def draw_confusion(figure, results):
-    names = results[0].content["data"]["classes"]
-    counts = sum(np.array(result.content["confusion"]) for result in results)
-    share = counts / counts.sum(1, keepdims=True).clip(1)
-    axes = figure.subplots()
+def draw_confusion(figure, cells):
+    names, axes = cells[0].run.results[0]["data"]["classes"], figure.subplots()
+    counts = sum(np.array(result["confusion"]) for result in cells[0].run.results)
+    share, few = counts / counts.sum(1, keepdims=True).clip(1), len(names) <= 20
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), value in np.ndenumerate(share):
+    for (row, column), value in np.ndenumerate(share if few else np.zeros((0, 0))):
         colour = "white" if value > 0.5 else "black"
         axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
-    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(names)), names)
+    shown = slice(None, None, 1 if few else 5)
+    axes.set_xticks(range(len(names))[shown], names[shown], rotation=45, ha="right")
+    axes.set_yticks(range(len(names))[shown], names[shown])
     axes.set(xlabel="predicted class", ylabel="true class (each row sums to 100 %)")
+    axes.grid(False)
+
+
+def draw_gate(figure, cells):
+    run, axes = cells[0].run, figure.subplots()
+    names = run.results[0]["data"]["classes"]
+    weights = np.mean([result["gate"] for result in run.results], axis=0)  # (classes, experts)
+    left = np.cumsum(weights, axis=1) - weights
+    for number, expert in enumerate(("base", *map(moe.group_name, run.settings["experts"]))):
+        axes.barh(range(len(names)), weights[:, number], left=left[:, number], label=expert)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
+    figure.legend(loc="outside lower center", frameon=False)
+
+
+def draw_samples(figure, dataset, names, count):
+    """A row for each augmentation: the first training image, and `count` random draws."""
+    image, generator, rows = dataset.train.images[:1].cpu(), torch.Generator().manual_seed(8), []
+    for name in names:
+        drawn = image.expand(count, -1, -1, -1)
+        for function in augment.parse(name, dataset.mean)[-1]:
+            drawn = function(drawn, generator)
+        row = torch.nn.functional.pad(torch.cat([image, drawn]), (2, 2, 2, 2), value=255)
+        rows.append(torch.cat(list(row), dim=2))  # (3, 36, 36 * (1 + count))
+    axes = figure.subplots()
+    axes.imshow(torch.cat(rows, dim=1).permute(1, 2, 0), interpolation="nearest")
+    axes.set_yticks([36 * row + 18 for row in range(len(names))], names)
+    axes.set_xticks([])
     axes.spines[:].set_visible(False)
     axes.grid(False)
 
 
-def draw_gate(figure, results):
-    names, axes = results[0].content["data"]["classes"], figure.subplots()
-    weights = np.mean([result.content["gate"] for result in results], axis=0)  # (classes, experts)
-    left = np.zeros(len(names))
-    for expert, share in zip(("base", "vehicles", "animals"), weights.T, strict=True):
-        axes.barh(names, share, left=left, label=f"{expert} expert")
-        left += share
-    axes.invert_yaxis()
-    axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
-    legend(figure)
-
-
-def draw_curves(figure, block):
-    """Validation accuracy by epoch. If columns are settings: a panel per row and a line per column; otherwise one
-    panel with a line per row."""
-    by_setting, cells = isinstance(TABLES[block.name].columns, str), drawn_cells(block)
-    lines = {(c.row, c.column) if by_setting else ("", c.row): block.found[c.row, c.column] for c in cells}
-    axes_of = panels(figure, dict.fromkeys(title for title, _ in lines))
-    colours = dict(zip(dict.fromkeys(label for _, label in lines), itertools.cycle(COLOURS), strict=False))
-    for (title, label), results in lines.items():
-        curve(axes_of[title], results, "valid", "accuracy", label, colours[label])
-        axes_of[title].set_ylabel("validation accuracy")
-    legend(figure, block.name.replace("-", " "))
-
-
-def draw_augmentation(figure, block):
-    """Test accuracy by augmentation, a panel for each network, with the baseline as a line."""
-    cells = drawn_cells(block)
-    columns = [column for column in dict.fromkeys(cell.column for cell in block.cells) if column != "none"]
-    axes_of = panels(figure, dict.fromkeys(cell.row for cell in cells))
-    for cell in cells:
-        axes, mean, std = axes_of[cell.row], cell.mean, cell.std or 0
-        if cell.column == "none":
-            axes.axhline(mean, color="0.4", linestyle="--", label="no augmentation")
-            axes.axhspan(mean - std, mean + std, color="0.4", alpha=0.15, linewidth=0)
-        else:
-            style = {"marker": "o", "capsize": 4, "color": COLOURS[0], "label": "with augmentation"}
-            axes.errorbar(columns.index(cell.column), mean, std, **style)
-    for axes in axes_of.values():
-        axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-        axes.set(xlim=(-0.5, len(columns) - 0.5))
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("test accuracy")
-    legend(figure)
-
-
-def draw_methods(figure, block):
-    """Test accuracy by fraction of the training images, a line per method."""
-    axes = figure.subplots()
-    for method in dict.fromkeys(cell.column for cell in block.cells):
-        cells = [cell for cell in block.cells if cell.column == method and cell.seeds]
-        shares, means = [float(cell.row) for cell in cells], [cell.mean for cell in cells]
-        axes.errorbar(shares, means, [cell.std or 0 for cell in cells], marker="o", capsize=3, label=method)
-    axes.set(xscale="log", xlabel="share of the training images", ylabel="test accuracy")
-    shares = sorted({float(cell.row) for cell in block.cells})
-    axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
-    axes.minorticks_off()
-    legend(figure)
-
-
-BANDS, MEAN = "bands: mean ± std", "test split, mean over seeds"
-FIGURES = {  # for a table: file name, function, row of the cell it draws (None: all), size in inches, what is drawn, title
-    "overfitting": ("overfitting", draw_overfitting, "custom", (9, 4.4), BANDS, "Overfitting, custom network"),
-    "initial": ("confusion", draw_confusion, "custom", (6.4, 6), MEAN, "Confusion matrix, custom network"),
-    "augmentation": ("augmentation-accuracy", draw_augmentation, None, (9, 7.4), "bars, band: mean ± std", "Augmentation"),
-    "learning-rate": ("learning-rate", draw_curves, None, (9, 7), BANDS, "Learning rate, on hybrid augmentation"),
-    "optimizer": ("optimizer", draw_curves, None, (6.4, 5), BANDS, "Optimizer, custom network on hybrid"),
-    "weight-decay": ("weight-decay", draw_curves, None, (9, 7), BANDS, "Weight decay"),
-    "dropout": ("dropout", draw_curves, None, (6.4, 5), BANDS, "Dropout, custom network on hybrid"),
-    "moe": ("moe-gate", draw_gate, "mixture", (6.4, 5), MEAN, "Gate of the mixture of custom networks"),
-    "beyond-moe": ("beyond-moe-gate", draw_gate, "mixture", (6.4, 5), MEAN,
-                   "Gate of the mixture of custom networks, trained adapters"),
-    "beyond-fewshot": ("fewshot", draw_methods, None, (7.4, 5.6), "bars: mean ± std", "Few-shot embedding and custom network"),
+FIGURES = {  # for a table: file name, function, row of the cell it draws (None: all), size in inches, title
+    "overfitting": ("overfitting", draw_epochs, "custom", (9, 4.4), "Overfitting, custom network"),
+    "initial": ("confusion", draw_confusion, "custom", (6.4, 6), "Confusion matrix, custom network"),
+    "augmentation": ("augmentation-accuracy", draw_accuracy, None, (9, 7.4), "Augmentation"),
+    "learning-rate": ("learning-rate", draw_epochs, None, (9, 7), "Learning rate, on hybrid augmentation"),
+    "optimizer": ("optimizer", draw_epochs, None, (6.4, 5), "Optimizer, custom network on hybrid"),
+    "weight-decay": ("weight-decay", draw_epochs, None, (9, 7), "Weight decay"),
+    "dropout": ("dropout", draw_epochs, None, (6.4, 5), "Dropout, custom network on hybrid"),
+    "moe": ("moe-gate", draw_gate, "mixture", (6.4, 5), "Gate of the mixture of custom networks"),
+    "beyond-moe": ("beyond-moe-gate", draw_gate, "mixture", (6.4, 5), "Gate of the mixture, trained adapters"),
+    "beyond-fewshot": ("fewshot", draw_accuracy, None, (7.4, 5.6), "Few-shot embedding and custom network"),
 }  # fmt: skip
 
 
-def draw_figures(blocks, folder):
-    """Save every figure that has results, as PNG and SVG. If a table has several, their names include the settings in
-    which they differ from the study."""
+def drawn_cells(view):
+    """The cells that a figure shows: a row's accuracy, or all cells that have something to be compared with."""
+    cells, by_setting = [cell for cell in view.cells if cell.values], isinstance(view.table.columns, str)
+    row = FIGURES[view.name][2]
+    cells = [cell for cell in cells if by_setting or (cell.column == "accuracy" and row in (None, cell.row))]
+    counts = Counter(by_setting and cell.row for cell in cells)
+    return [cell for cell in cells if row or counts[by_setting and cell.row] > 1]
+
+
+def draw_figures(views, found, folder, with_samples):
+    """Save every figure that has results, as PNG and, without a title, as PDF. If a table has several, their
+    names include the context."""
     try:
-        from matplotlib import cycler, rc_context
+        import matplotlib.style
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("figures need matplotlib: pip install matplotlib") from None
-    style = {"axes.prop_cycle": cycler(color=COLOURS), "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "font.size": 11,
-             "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "figure"}  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    for block in blocks:
-        file, draw, row, size, what, title = FIGURES.get(block.name, [None] * 6)
-        places = [(cell.row, cell.column) for cell in drawn_cells(block)]
-        results = [block.found[place] for place in places if row is None or place == (row, "accuracy")]
-        if not file or not results:
-            continue
-        alone = sum(other.name == block.name for other in blocks) == 1
-        path = folder / f"{slug(file, {} if alone else block.group)}.png"
-        with rc_context(style):
-            figure = Figure(figsize=size, layout="constrained")
-            draw(figure, results[0] if row else block)
-            figure.suptitle(f"{title}\n{caption(block)}; {what}, n = {span(map(len, results))}", fontsize=11)
-            figure.savefig(path, dpi=130)
-            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        raise RuntimeError("figures need matplotlib: pip install matplotlib") from None
+
+    def save(name, size, title, draw, *what):
+        figure, path = Figure(figsize=size, layout="constrained"), folder / f"{name}.png"
+        draw(figure, *what)
+        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+        figure.suptitle(title, fontsize=11)
+        figure.savefig(path, dpi=130)
         print(path, file=sys.stderr)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # Nothing depends on matplotlibrc, and no text is mathematics. Colours that colour-blind readers distinguish
+    style = {"text.parse_math": False, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
+             "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
+    with matplotlib.style.context(["default", "tableau-colorblind10", style]):
+        drawn, seen = [], set()
+        for view in views:
+            cells = drawn_cells(view) if view.name in FIGURES else []
+            used = {cell.run.name for cell in cells}
+            if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
+                drawn.append((view, cells))
+                seen |= used
+        for view, cells in drawn:
+            file, draw, _, size, title = FIGURES[view.name]
+            alone = sum(other.name == view.name for other, _ in drawn) == 1
+            n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
+            title = f"{title}\n{view.heading}; mean over seeds (bars: ± std), n = {n}"
+            save(slug(file, "" if alone else view.heading), size, title, draw, cells)
+        if with_samples:
+            dataset, names = samples_of(found[0]), ("cutout", "autoaugment", "jitter")
+            title = f"{dataset.name}: a training image, and random draws of each augmentation"
+            save("augmentation", (5.4, 4), title, draw_samples, dataset, names, 3)
+            names = augment.NAMES[1:]  # all but none
+            save("augmentation-all", (11.7, 1.2 * len(names) + 0.7), title, draw_samples, dataset, names, 8)
+
+
+def samples_of(run):
+    """The data set of a run if it is there, decoded; else `synthetic`."""
+    for file in Path(run.results[0]["config"]["root"], "cache").expanduser().glob("*.pt"):
+        dataset = data._open_cache(file)
+        if dataset and dataset.fingerprint == run.common["data fingerprint"]:
+            return dataset._replace(name=run.settings["data"])
+    return data.load("synthetic")
 
 
 def main():
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    add, default = parser.add_argument, "(default: %(default)s)"
+    parser, default = runs.new_parser(__doc__), "(default: %(default)s)"
+    add = parser.add_argument
     add("results", nargs="?", type=Path, default=Path("results"), help=default)
-    add("--format", default="github", choices=("github", "latex", "csv", "json"), help=default)
-    add("--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and SVG")
-    add("--no-published", action="store_true", help="leave the slides' numbers out")
+    add("--only", default=",".join(TABLES), metavar="A,B", help=default)
+    add("--format", default="github", choices=("github", "latex", "csv"), help=default)
+    add("--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and PDF")
+    add("--no-published", action="store_true", help="leave the study's numbers out")
     args = parser.parse_args()
-    results = read(args.results)
-    if not results:
-        what = "no results in" if args.results.is_dir() else "there is no folder"
-        raise SystemExit(f"{what} {args.results}: run train.py or run_all.sh first")
-    blocks, unused = arrange(results, {} if args.no_published else PUBLISHED)
-    printed = [block for block in blocks if TABLES[block.name].title]
-    cells = [cell for block in printed for cell in block.cells]
+    only, folder = args.only.split(","), args.results.expanduser()
+    for name in set(only) - TABLES.keys():
+        raise ValueError(f"--only {name}: choose from {', '.join(TABLES)}")
+    found = read(folder)
+    if not found:
+        what = "no results in" if folder.is_dir() else "there is no folder"
+        raise RuntimeError(f"{what} {folder}: run train.py or run_all.sh first")
+    views = make_views(found, defaultdict(dict, {} if args.no_published else PUBLISHED))
+    views = [view for view in views if view.name in only]
     try:
-        if args.format == "json":
-            print(json.dumps([cell._asdict() for cell in cells], indent=1))
-        elif args.format == "csv":
-            csv.writer(sys.stdout).writerows([Cell._fields, *cells])
+        if args.format == "csv":
+            print_rows(found)
         else:
-            print_tables(printed, args)
+            print_views([view for view in views if view.shown], args.format == "latex")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    for folder in sorted({result.path.parent for result in unused}):
-        print(f"in no table: {folder}", file=sys.stderr)
     if args.figures:
-        try:
-            draw_figures(blocks, args.figures)
-        except OSError as error:
-            raise SystemExit(f"--figures {args.figures}: {error}") from None
+        draw_figures(views, found, args.figures.expanduser(), "augmentation" in only)
 
 
 if __name__ == "__main__":
-    main()
+    runs.command_line(main)
