@@ -543,6 +543,7 @@ def draw_accuracy(figure, cells):
     xlabel = "share of the training images" if by_fraction else None
     for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
         axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
+        axes.set_xlim(-0.5, len(ticks) - 0.5)
 
 
 def draw_confusion(figure, cells):
@@ -650,7 +651,7 @@ def draw_figures(views, found, folder, with_samples):
             save(slug(file, "" if alone else view.heading), size, title, draw, cells)
         if with_samples:
             dataset, names = samples_of(found[0]), ("cutout", "autoaugment", "jitter")
-            title = f"{dataset.name}: a training image, and random draws of each augmentation"
+            title = f"{dataset.name}\na training image, and random draws of augmentations"
             save("augmentation", (5.4, 4), title, draw_samples, dataset, names, 3)
             names = augment.NAMES[1:]  # all but none
             save("augmentation-all", (11.7, 1.2 * len(names) + 0.7), title, draw_samples, dataset, names, 8)
