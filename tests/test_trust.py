@@ -402,10 +402,54 @@ def test_guarantees_name_existing_tests():
         assert f"def {name}{'' if more else '('}" in tests, name
 
 
-def test_readmes_snippets_classify_an_image_and_train_from_a_notebook(run, tmp_path):
-    snippets = re.findall(r"```python\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)
-    (classify,) = (text for text in snippets if "models.load" in text)
-    (notebook,) = (text for text in snippets if "run_seeds" in text)
+README = (HOUSE / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHORT = {
+    "train.py": "--epochs 1",
+    "moe.py": "--epochs 1",
+    "fewshot.py": "--episodes 2",
+    "run_all.sh": "--list",
+}
+
+
+def test_every_command_of_readme_runs(image_folder, run, tmp_path):
+    """In their order, on a small folder, for one epoch; the smoke run, GNU parallel and Slurm are not tried here."""
+    image_folder(("bird", "cat", "dog", "frog"), (("train", 10), ("test", 2)), name="path/to/folder")
+    commands = re.findall(r"^    (python|bash) (\S+)(.*?)(?: > .*)?(?:  +#.*)?$", README, re.MULTILINE)
+    assert len(commands) > 12
+    for program, script, words in commands:
+        words = [
+            *words.replace("0.01", "0.5").replace("--epochs 3", "").split(),
+            *SHORT.get(script, "").split(),
+        ]
+        if program == "python":
+            process = run(script, *words)
+        else:
+            command = ["bash", HOUSE / script, *words]
+            process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert process.returncode == 0, f"{script} {words}: {process.stderr}"
+    assert (tmp_path / "figures").is_dir() and "--seed 1 2 3" in process.stdout
+
+
+def test_readmes_extensions_work_and_their_table_appears(tmp_path):
+    (snippet,) = (text for text in SNIPPETS if "ARCHITECTURES" in text)
+    for path in HOUSE.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for line in snippet.splitlines():
+            dictionary = rf"(?ms)^{line.split('[')[0]} = {{.*?^}}.*?\n"  # the line goes below it
+            text = re.sub(dictionary, lambda found, line=line: f"{found[0]}{line}\n", text)
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    common = "--data synthetic-small --arch mine --optimizer asgd --fraction 0.1 --epochs 1"
+    for command in (f"train.py {common} --aug dark", f"train.py {common}", "aggregate.py results"):
+        words = [sys.executable, *command.split()]
+        shown = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    table = shown.split("### Dark images, accuracy\n\n")[1].splitlines()
+    assert {"none", "dark"} <= {cell.strip() for cell in table[0].split("|")} and "mine" in table[2]
+
+
+def test_readmes_snippets_classify_an_image_and_train_from_a_notebook(tmp_path):
+    (classify,) = (text for text in SNIPPETS if "models.load" in text)
+    (notebook,) = (text for text in SNIPPETS if "run_seeds" in text)
     notebook = notebook.replace('"--epochs", "1"', '"--epochs", "1", "--fraction", "0.01", "--root", "root"')
     Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
     code = f"import sys; sys.path.insert(0, {str(HOUSE)!r})\n{notebook}\nprint(results[1]['test'])\n"
