@@ -257,9 +257,8 @@ def _subset(split, fraction):
     asked = round(fraction * len(split.labels) / len(counts))
     per_class = max(1, min(asked, int(counts.min())))
     if per_class != asked:
-        print(
-            f"--fraction {fraction:g}: {per_class:,} images a class, not {asked:,}: one has {counts.min():,}"
-        )
+        taken = f"{per_class:,} images a class, not {asked:,}"
+        print(f"--fraction {fraction:g}: {taken}: one has {counts.min():,}")
     rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
 
@@ -322,11 +321,10 @@ def _load_cached(root, name, source, decode):
             print(f"{file} is damaged or out of date: decoding the images again", flush=True)
         classes, splits = decode()
         mean, std = _mean_and_std(splits[0].images)
-        dataset = Dataset(name, None, tuple(classes), *splits, mean, std, file, _fingerprint(splits))
-        kept = {field: getattr(dataset, field) for field in ("classes", "mean", "std", "fingerprint")}
+        kept = {"classes": tuple(classes), "mean": mean, "std": std, "fingerprint": _fingerprint(splits)}
         kept |= {split: tuple(tensors) for split, tensors in zip(SPLITS, splits, strict=True)}
         runs.write_atomically(file, {"version": CACHE_VERSION, "source": source, "dataset": kept})
-    return _open_cache(file, source) or dataset
+    return _open_cache(file, source)
 
 
 def _open_cache(file, source=None):
@@ -346,9 +344,8 @@ def _open_cache(file, source=None):
 def _load_folder(folder, root):
     folder = folder.resolve()
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)[:40]
-    classes, files = _list_images(folder)
-    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", classes, files)
-    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *classes)}")
+    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", *_list_images(folder))
+    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *dataset.classes)}")
 
 
 def _digits(*texts):
@@ -429,8 +426,7 @@ def _list_split(split, ignored):
     """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders: in
     each folder first its files, then its folders, by name. Adds other files to `ignored`.
 
-    Links are followed last, and nothing is taken twice: a link within the split would show its images again,
-    under another class.
+    Links are followed last and nothing is taken twice, so that a link does not move images to another class.
     """
     top = split.resolve()
     seen, links, files = {str(folder) for folder in (top, *top.parents)}, [], []  # seen: real paths
@@ -445,7 +441,7 @@ def _list_split(split, ignored):
     def take(entry, real, name):
         is_image = name and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
         if not is_image and not entry.is_dir():
-            ignored[Path(entry.name).suffix.lower() or "without suffix" if name else entry.name] += 1
+            ignored[Path(entry.name).suffix.lower() or "without suffix"] += 1
         elif real in seen:
             ignored["reached again through a link"] += 1
         else:
