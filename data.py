@@ -321,10 +321,11 @@ def _load_cached(root, name, source, decode):
             print(f"{file} is damaged or out of date: decoding the images again", flush=True)
         classes, splits = decode()
         mean, std = _mean_and_std(splits[0].images)
-        kept = {"classes": tuple(classes), "mean": mean, "std": std, "fingerprint": _fingerprint(splits)}
+        dataset = Dataset(name, None, tuple(classes), *splits, mean, std, file, _fingerprint(splits))
+        kept = {field: getattr(dataset, field) for field in ("classes", "mean", "std", "fingerprint")}
         kept |= {split: tuple(tensors) for split, tensors in zip(SPLITS, splits, strict=True)}
         runs.write_atomically(file, {"version": CACHE_VERSION, "source": source, "dataset": kept})
-    return _open_cache(file, source)
+    return _open_cache(file, source) or dataset  # which others may have replaced, or cannot be mapped
 
 
 def _open_cache(file, source=None):

@@ -128,15 +128,13 @@ def test_what_is_ignored_is_named_or_counted_in_one_line(image_folder, tmp_path,
     folder = image_folder()
     data.load(folder, tmp_path / "root")
     assert capsys.readouterr().out == ""
-    for number in range(28):
-        (folder / "train" / "cat" / f"{number}.heic").write_text("")
-    (folder / "test" / "notes.TXT").write_text("")
-    (folder / "labels.csv").write_text("")
     for name in ("dev", "validate"):
         shutil.copytree(folder / "valid", folder / name)
     (folder / "test" / "dog" / "below").mkdir()
-    (folder / "test" / "dog" / "below" / "notes.txt").write_text("")
-    (folder / "test" / "dog" / ".hidden.txt").write_text("")
+    heic = [f"train/cat/{number}.heic" for number in range(28)]
+    texts = ["labels.csv", "test/notes.TXT", "test/dog/below/notes.txt", "test/dog/.hidden.txt"]
+    for name in heic + texts:
+        (folder / name).write_text("")
     (folder / "test" / "dog" / "link.png").symlink_to("nowhere")
     os.mkfifo(folder / "test" / "dog" / "pipe.png")
     data.load(folder, tmp_path / "root")
@@ -423,9 +421,7 @@ def test_the_bits_of_synthetic_do_not_change_nor_depend_on_the_processor(run):
 
 
 def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch_only(monkeypatch):
-    split = data.Split(
-        torch.arange(210, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4), torch.arange(210)
-    )
+    split = data.Split(torch.zeros(210, 3, 4, 4, dtype=torch.uint8), torch.arange(210))
 
     def labels(**options):
         return [labels.tolist() for _, labels in batches(split, 16, **options)]
@@ -480,13 +476,14 @@ def test_images_are_channels_last_but_not_on_mps(monkeypatch):
 
 
 def test_each_image_goes_once_through_every_stream():
-    split = data.Split(torch.zeros(50, 3, 2, 2, dtype=torch.uint8), torch.arange(50))
+    pixels = torch.arange(50, dtype=torch.uint8).view(-1, 1, 1, 1)
+    split = data.Split(pixels.expand(-1, 3, 2, 2), torch.arange(50))
     streams = [[lambda images, _: images + 1], [lambda images, _: images + 2, lambda images, _: images + 3]]
     unscaled = SimpleNamespace(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
     seen = []
     for images, labels in batches(split, 7, 3, dataset=unscaled, streams=streams):
-        seen += zip(labels.tolist(), images[:, 0, 0, 0].tolist(), strict=True)
-    assert sorted(seen) == sorted([(i, 1) for i in range(50)] + [(i, 5) for i in range(50)])
+        seen += zip(labels.tolist(), images[:, 0, 0, 0].round().int().tolist(), strict=True)
+    assert sorted(seen) == sorted([(i, i + 1) for i in range(50)] + [(i, i + 5) for i in range(50)])
 
 
 # Downloads from a real server on this machine
