@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tarfile
-import threading
 import urllib.request
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +47,7 @@ IMAGE_SUFFIXES = (
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
     ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+LAYOUT = "a data set needs train/<class>/* and test/<class>/*, or <class>/*"
 MAX_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 CACHE_VERSION = 5  # increment it when decoding or the cache's layout changes
 
@@ -238,21 +238,16 @@ def pick(dataset, option, text):
 
 def _select_classes(dataset, chosen):
     names = pick(dataset, "--classes", chosen)
-    kept = [label for label, name in enumerate(dataset.classes) if name in names]
-    if len(kept) == len(dataset.classes):
+    if len(names) == len(dataset.classes):
         return dataset
-    renumbered = torch.full((len(dataset.classes),), -1)
-    renumbered[kept] = torch.arange(len(kept))
-
-    def part(split):
-        rows = (renumbered[split.labels] >= 0).nonzero()[:, 0]
-        return Split(split.images[rows], renumbered[split.labels[rows]])
-
-    return dataset._replace(
-        only=spec(names),
-        classes=tuple(dataset.classes[label] for label in kept),
-        **{name: part(getattr(dataset, name)) for name in SPLITS},
-    )
+    classes = tuple(name for name in dataset.classes if name in names)
+    renumbered = torch.tensor([classes.index(name) if name in names else -1 for name in dataset.classes])
+    splits = {}
+    for split in SPLITS:
+        images, labels = getattr(dataset, split)
+        labels = renumbered[labels]
+        splits[split] = Split(images[labels >= 0], labels[labels >= 0])
+    return dataset._replace(only=spec(names), classes=classes, **splits)
 
 
 def _subset(split, fraction):
@@ -262,9 +257,8 @@ def _subset(split, fraction):
     asked = round(fraction * len(split.labels) / len(counts))
     per_class = max(1, min(asked, int(counts.min())))
     if per_class != asked:
-        print(
-            f"--fraction {fraction:g}: {per_class:,} images a class, not {asked:,}: one has {counts.min():,}"
-        )
+        taken = f"{per_class:,} images a class, not {asked:,}"
+        print(f"--fraction {fraction:g}: {taken}: one has {counts.min():,}")
     rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
 
@@ -311,10 +305,9 @@ def _fingerprint(splits):
 
 
 def _load_cached(root, name, source, decode):
-    """The data set from its cache, decoded into it first if that is missing.
+    """The data set from its cache, decoded into it first if that is missing, damaged or of another source.
 
-    name: of the file. source: identifies what is decoded: a cache of another source is replaced.
-    decode(): returns the class names and the three splits.
+    name: of the file. source: identifies what is decoded. decode(): returns class names and three splits.
     """
     file = root / "cache" / f"{name}.pt"
     dataset = _open_cache(file, source)
@@ -332,7 +325,7 @@ def _load_cached(root, name, source, decode):
         kept = {field: getattr(dataset, field) for field in ("classes", "mean", "std", "fingerprint")}
         kept |= {split: tuple(tensors) for split, tensors in zip(SPLITS, splits, strict=True)}
         runs.write_atomically(file, {"version": CACHE_VERSION, "source": source, "dataset": kept})
-    return _open_cache(file, source) or dataset
+    return _open_cache(file, source) or dataset  # which others may have replaced, or cannot be mapped
 
 
 def _open_cache(file, source=None):
@@ -352,9 +345,8 @@ def _open_cache(file, source=None):
 def _load_folder(folder, root):
     folder = folder.resolve()
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", folder.name)[:40]
-    classes, files = _list_images(folder)
-    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", classes, files)
-    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *classes)}")
+    dataset = _load_images(root, f"{safe}-{_digits(str(folder))}", *_list_images(folder))
+    return dataset._replace(name=f"{safe}-{_digits(dataset.fingerprint, *dataset.classes)}")
 
 
 def _digits(*texts):
@@ -381,146 +373,146 @@ def _list_images(folder):
     if ignored:
         kinds = [f"{count:,} {kind}" for kind, count in ignored.most_common(20)]
         print(f"ignored in {folder}: {', '.join(kinds + ['...'] * (len(ignored) > 20))}")
-    entries = itertools.chain.from_iterable(place.iterdir() for place in places.values())
-    classes = sorted({entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")})
+    missing = [split for split in SPLITS if split not in places]
+    if missing:
+        tenths = "a tenth of each class, with a fixed seed"
+        print(f"{' and '.join(missing)} split off {places['train']}: {tenths}")
+    entries = itertools.chain.from_iterable(map(_visible, places.values()))
+    classes = sorted({entry.name for entry in entries if entry.is_dir()})
     if not classes:
-        needs = "train/<class>/* and test/<class>/*, or <class>/*"
-        raise FileNotFoundError(f"{places['train']} has no class folders: a data set needs {needs}")
-    missing = [split for split in SPLITS if split not in files]
+        raise FileNotFoundError(f"{places['train']} has no class folders: {LAYOUT}")
     for split, place in places.items():
         counts = collections.Counter(name for name, *_ in files[split])
+        needed = 1 + len(missing) if split == "train" else 1
         for name in classes:
-            if not counts[name]:
-                needs = f"every class needs an image ({' '.join(IMAGE_SUFFIXES)}) in each split"
-                raise FileNotFoundError(f"{place / name} is missing or has no images: {needs}")
-            if split == "train" and counts[name] <= len(missing):
-                raise FileNotFoundError(
-                    f"{place / name} has too few images to split off {' and '.join(missing)}"
-                )
-    if missing:
-        print(
-            f"{' and '.join(missing)} split off {places['train']}: a tenth of each class, with a fixed seed"
-        )
+            if counts[name] < needed:
+                where = f"{place / name} ({' '.join(IMAGE_SUFFIXES)})"
+                raise FileNotFoundError(f"too few images in {where}: {counts[name]} found, {needed} needed")
     return classes, files
+
+
+def _visible(folder):
+    """A folder's entries, by name, without hidden ones."""
+    entries = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _find_splits(folder, ignored):
     """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest
     to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
-    places, entries = {}, sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    places, entries = {}, _visible(folder)
     for split, spellings in SPELLINGS.items():
-        similar = [name for name in folders if name.lower() in spellings]
-        names = similar if split == "valid" else [name for name in similar if name == split]
-        if len(names) > 1:
-            raise FileExistsError(
-                f"{folder} has both {names[0]}/ and {names[1]}/: rename or remove one of them"
-            )
-        if names:
-            places[split] = folder / names[0]
-        elif similar:
-            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {similar[0]}/? Rename it")
-    if not places:
-        names = ("train", "test", *SPELLINGS["valid"])
-        if folder.name.lower() in names and sum((folder.parent / name).is_dir() for name in names) > 1:
-            raise FileNotFoundError(f"{folder} is one split of a data set: use its parent, {folder.parent}")
-        for inner in folder.glob("*/train"):
-            raise FileNotFoundError(f"{folder} has no folder train/: did you mean {inner.parent}?")
-        return {"train": folder}
-    if "train" not in places:
-        raise FileNotFoundError(f"{folder} has no folder train/: it needs train/<class>/*")
-    others = [entry for entry in entries if entry not in places.values()]
-    ignored.update(f"{entry.name}/" if entry.is_dir() else entry.name for entry in others)
-    return places
+        found = [entry.name for entry in entries if entry.is_dir() and entry.name.lower() in spellings]
+        if len(found) > 1:
+            raise FileExistsError(f"{folder} has both {found[0]}/ and {found[1]}/: rename or remove one")
+        if found and split != "valid" and found[0] != split:
+            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {found[0]}/? Rename it")
+        if found:
+            places[split] = folder / found[0]
+    if "train" in places:
+        others = [entry for entry in entries if folder / entry.name not in places.values()]
+        ignored.update(f"{entry.name}/" if entry.is_dir() else entry.name for entry in others)
+        return places
+    if places:
+        raise FileNotFoundError(f"{folder} has no folder train/: {LAYOUT}")
+    names = ("train", "test", *SPELLINGS["valid"])
+    if folder.name.lower() in names and sum((folder.parent / name).is_dir() for name in names) > 1:
+        raise FileNotFoundError(f"{folder} is one split of a data set: use its parent, {folder.parent}")
+    for inner in folder.glob("*/train"):
+        raise FileNotFoundError(f"{folder} has no folder train/: did you mean {inner.parent}?")
+    return {"train": folder}
 
 
 def _list_split(split, ignored):
-    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders.
+    """[(class, path, bytes, modification time), ...] of the images in and below a split's class folders: in
+    each folder first its files, then its folders, by name. Adds other files to `ignored`.
 
-    Links are followed, but what is reached again counts once. Hidden files are skipped, others `ignored`.
+    Links are followed last and nothing is taken twice, so that a link does not move images to another class.
     """
-    files, seen, top = [], set(), os.path.realpath(split)
-
-    def leads_back(real):  # to a folder above `top`, or to what is found in it anyway
-        parts = os.path.relpath(real, top).split(os.sep)
-        return {".", ".."}.issuperset(parts) or not any(part.startswith(".") for part in parts)
+    top = split.resolve()
+    seen, links, files = {str(folder) for folder in (top, *top.parents)}, [], []  # seen: real paths
 
     def visit(folder, real_folder, name):  # name: of the class; None in the split's own folder
-        folders = []
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            linked = entry.is_symlink()
-            real = os.path.realpath(entry.path) if linked else f"{real_folder}{os.sep}{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if (linked and not os.path.exists(real)) or not (entry.is_file() or entry.is_dir()):
-                ignored["broken link or special file"] += 1
-            elif entry.is_file() and not (name and entry.name.lower().endswith(IMAGE_SUFFIXES)):
-                ignored[Path(entry.name).suffix.lower() or "without suffix" if name else entry.name] += 1
-            elif real in seen or (linked and leads_back(real)):
-                ignored["reached again through a link"] += 1
+        for entry in _visible(folder):
+            if entry.is_symlink():
+                links.append((entry, name))
             else:
-                seen.add(real)
-                if entry.is_dir():
-                    folders.append((entry.path, real, name or entry.name))
-                else:
-                    info = entry.stat()
-                    files.append((name, entry.path, info.st_size, info.st_mtime_ns))
-        for arguments in folders:
-            visit(*arguments)
+                take(entry, f"{real_folder}{os.sep}{entry.name}", name)
+
+    def take(entry, real, name):
+        is_image = name and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
+        if not is_image and not entry.is_dir():
+            ignored[Path(entry.name).suffix.lower() or "without suffix"] += 1
+        elif real in seen:
+            ignored["reached again through a link"] += 1
+        else:
+            seen.add(real)
+            if entry.is_dir():
+                visit(entry.path, real, name or entry.name)
+            else:
+                info = entry.stat()
+                files.append((name, entry.path, info.st_size, info.st_mtime_ns))
 
     visit(split, top, None)
-    return files
+    for link, name in links:  # which grow on the way
+        if os.path.exists(link.path):
+            take(link, os.path.realpath(link.path), name)
+        else:
+            ignored["broken link"] += 1
+
+    def place(file):
+        folder, name = os.path.split(file[1])
+        return folder.replace(os.sep, "\0"), name  # "\0": a folder before its neighbour "folder 2"
+
+    return sorted(files, key=place)
 
 
 def _decode_splits(classes, files):
     """The three splits of the files. A split without files becomes a tenth of train."""
     number = {name: label for label, name in enumerate(classes)}
     missing = [split for split in SPLITS if split not in files]
-    train, files = files["train"], dict(files)
-    tenths = _tenths(torch.tensor([number[name] for name, *_ in train])).tolist()
-    for index, split in enumerate(missing):
-        files[split] = [file for file, tenth in zip(train, tenths, strict=True) if tenth == index]
-    files["train"] = [file for file, tenth in zip(train, tenths, strict=True) if tenth >= len(missing)]
-    listed = [file for split in SPLITS for file in files[split]]
+    tenths = _tenths(torch.tensor([number[name] for name, *_ in files["train"]])).tolist()
+    parts = {split: [] for split in SPLITS} | {**files, "train": []}
+    for file, tenth in zip(files["train"], tenths, strict=True):
+        parts[missing[tenth] if tenth < len(missing) else "train"].append(file)
+    listed = [file for split in SPLITS for file in parts[split]]
     images = torch.from_numpy(_decode([path for _, path, *_ in listed]))
     labels = torch.tensor([number[name] for name, *_ in listed])
-    counts = [len(files[split]) for split in SPLITS]
+    counts = [len(parts[split]) for split in SPLITS]
     return [*map(Split, images.split(counts), labels.split(counts))]
 
 
-def _decode(paths, block=16):
+def _decode(paths):
     """Decode files into an array, uint8 (N, 3, 32, 32). Raises RuntimeError naming unreadable ones."""
-    images, warned = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), []
-    reading, stopped = threading.local(), threading.Event()
+    images, unreadable = np.empty((len(paths), 3, SIZE, SIZE), np.uint8), []
+    rows = range(len(paths))
+    blocks = [rows[start : start + 8] for start in rows[::8]]  # a task for each image would take longer
 
-    def read(row):  # returns what is wrong with the file, if anything
-        if stopped.is_set():
-            return
-        reading.path = paths[row]
-        try:
-            images[row] = read_image(paths[row])
-        except RuntimeError as error:
-            return paths[row], error
-
-    def read_block(start):  # a task for each image would take a tenth longer
-        return [read(row) for row in range(start, min(start + block, len(paths)))]
+    def read(block):
+        for row in block:
+            try:
+                images[row] = read_image(paths[row])
+            except RuntimeError as error:
+                unreadable.append((row, error))
+        return len(block)
 
     pool = ThreadPoolExecutor(torch.get_num_threads())
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        warnings.showwarning = lambda message, *_, **__: warned.append(f"{reading.path}: {message}")
         try:
-            results = itertools.chain.from_iterable(pool.map(read_block, range(0, len(paths), block)))
-            unreadable = [failure for failure in runs.progress(results, "decoding", len(paths)) if failure]
+            for _ in runs.progress(pool.map(read, blocks), "decoding", len(paths), int):
+                pass
         finally:
-            stopped.set()
             pool.shutdown(cancel_futures=True)
     if unreadable:
-        names = ", ".join([path for path, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
+        unreadable.sort()
+        names = ", ".join([paths[row] for row, _ in unreadable[:10]] + ["..."] * (len(unreadable) > 10))
         text = f"{len(unreadable):,} of {len(paths):,} images cannot be read, fix or remove them: {names}"
         raise RuntimeError(f"{text} (the first: {unreadable[0][1]})")
     if warned:
-        print(f"{len(warned):,} warnings from Pillow on images that it did read; the first: {warned[0]}")
+        print(
+            f"{len(warned):,} warnings from Pillow on images that it did read; the first: {warned[0].message}"
+        )
     return images
 
 
@@ -579,10 +571,9 @@ def _cifar10(root):
         parts = [CIFAR10(folder, train=train) for train in (True, False)]
     except RuntimeError as error:
         raise RuntimeError(f"{folder / CIFAR10.base_folder} is damaged: remove it and try again") from error
-    train, test = (
-        Split(torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()), torch.tensor(part.targets))
-        for part in parts
-    )
+    images = [torch.from_numpy(part.data.transpose(0, 3, 1, 2).copy()) for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    train, test = (Split(*pair) for pair in zip(images, labels, strict=True))
     held = _tenths(train.labels) == 0
     train, valid = (Split(train.images[mask], train.labels[mask]) for mask in (~held, held))
     return parts[0].classes, (train, valid, test)
@@ -706,17 +697,15 @@ def _paint(labels, generator):
 
 def describe(dataset):
     """Describe a data set in a few lines of text."""
-    splits = {name: getattr(dataset, name) for name in SPLITS}
     counts = torch.bincount(dataset.train.labels)
-    lines = [
+    return "\n".join([
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
-        "images:  " + ", ".join(f"{name} {len(split.labels):,}" for name, split in splits.items()),
+        "images:  " + ", ".join(f"{split} {len(getattr(dataset, split).labels):,}" for split in SPLITS),
         f"a class: train {int(counts.min()):,} to {int(counts.max()):,}",
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
         f"cache:   {dataset.cache or 'none, generated at every start'}",
-    ]
-    return "\n".join(lines)
+    ])  # fmt: skip
 
 
 def add_arguments(parser, classes=True):
