@@ -11,6 +11,7 @@ the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -209,12 +210,6 @@ def read_result(path):
     measured += [epoch[split] for epoch in history for split in splits]
     if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
-    shapes = {"confusion": (len(classes), len(classes))}
-    if script == "moe":
-        shapes["gate"] = (len(classes), 1 + len(settings["experts"]))
-    for part, shape in shapes.items():
-        if np.shape(content[part]) != shape:
-            raise ValueError(f"{part} is not {shape[0]} x {shape[1]}")
 
     name, folder, environment = content["data"]["name"], path.parent.name, content["environment"]
     only = None if config["classes"] is None else data.spec(classes)
@@ -361,12 +356,11 @@ def p_value(first, second):
     if a + b == 0:
         return float(distance == 0)
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: Gauss-Legendre integrates it
-    angle = math.atan(distance / math.sqrt((a + b) * freedom))
-    points, weights = np.polynomial.legendre.leggauss(100)
-    inside = (np.cos(angle * (points + 1) / 2) ** (freedom - 1) * weights).sum() * angle / 2
-    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    return float(max(0.0, 1 - scale * inside))
+    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: its share beyond the angle
+    angles = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    beyond = angles >= math.atan(distance / math.sqrt((a + b) * freedom))
+    return float(density[beyond].sum() / density.sum())
 
 
 # Printing
@@ -401,12 +395,12 @@ def heading(context):
 
 
 def mean_and_std(values):
-    """The mean of some numbers and their standard deviation (n - 1), None for a single one."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    """The mean of some numbers and, of several, their standard deviation (n - 1)."""
+    return (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else (np.mean(values),)
 
 
-def in_digits(mean, std=None):
-    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+def in_digits(numbers):
+    return " ± ".join(f"{number:.4f}" for number in numbers)
 
 
 def plain(text, latex):
@@ -454,14 +448,14 @@ def written(view, usual):
         cells = list(cells)
         lines.append([row, *[str(len(cells[0].values))] * other])
         for cell in cells:
-            text = in_digits(*mean_and_std(cell.values)) if cell.values else "-"
+            text = in_digits(mean_and_std(cell.values)) if cell.values else "-"
             text += f" (n = {len(cell.values)})" if len(cell.values) not in (0, usual) and not other else ""
             lines[-1].append(f"**{text}**" if cell.mark == "**" else f"{text} {cell.mark}".strip())
         if table.rows == "step":
             means[row], base = np.mean(cells[0].values), means.get(above.get(row)) if "+" in row else None
             lines[-1].append(f"{means[row] - base:+.4f}" if base else "")
         if any(cell.published for cell in cells):
-            lines.append(["study", *(in_digits(*cell.published) if cell.published else "" for cell in cells)])
+            lines.append(["study", *(in_digits(cell.published) if cell.published else "" for cell in cells)])
             gains = (f"{np.mean(c.values) - c.published[0]:+.4f}" if c.published else "" for c in cells)
             lines.append(["difference", *gains])
     return lines
@@ -532,11 +526,12 @@ def draw_epochs(figure, cells):
         whats = itertools.product(("accuracy", "loss"), ("train", "valid"))
         series = {(metric, part): (cells[0].run, part, metric) for metric, part in whats}
     lines, labels = {}, list(dict.fromkeys(label for _, label in series))
-    for name, (run, part, metric) in series.items():
+    for (title, label), (run, part, metric) in series.items():
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
-        end = values.shape[1] * (1.03 + 0.03 * labels.index(name[1]))
-        std = [math.nan] * values.shape[1] + [mean_and_std(values[:, -1])[1] or math.nan]
-        lines[name] = [*range(1, values.shape[1] + 1), end], [*values.mean(0), values[:, -1].mean()], std
+        epochs, means = values.shape[1], values.mean(0)
+        end = epochs * (1.03 + 0.03 * labels.index(label))
+        std = [math.nan] * epochs + [np.std(values[:, -1], ddof=1) if len(values) > 1 else math.nan]
+        lines[title, label] = [*range(1, epochs + 1), end], [*means, means[-1]], std
     draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
 
 
@@ -548,7 +543,7 @@ def draw_accuracy(figure, cells):
     lines = defaultdict(list)
     for cell in cells:
         name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
-        lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
+        lines[name].append((ticks.index(tick), *mean_and_std(cell.values), math.nan)[:3])
     lines = {name: np.array(points, float).T for name, points in lines.items()}
     xlabel = "share of the training images" if by_fraction else None
     for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
@@ -645,34 +640,35 @@ def draw_figures(views, found, folder, with_samples):
     # Nothing depends on matplotlibrc, and no text is mathematics. Colours that colour-blind readers distinguish
     style = {"text.parse_math": False, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
-    with matplotlib.style.context(["default", "tableau-colorblind10", style]):
-        drawn, seen = [], set()
-        for view in views:
-            cells = drawn_cells(view) if view.name in FIGURES else []
-            used = {cell.run.name for cell in cells}
-            if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
-                drawn.append((view, cells))
-                seen |= used
-        for view, cells in drawn:
-            file, draw, _, size, title = FIGURES[view.name]
-            alone = sum(other.name == view.name for other, _ in drawn) == 1
-            n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
-            title = f"{title}\n{heading(view.context)}; mean over seeds (bars: ± std), n = {n}"
-            save(slug(file, "" if alone else heading(view.context)), size, title, draw, cells)
-        if with_samples:
-            dataset, names = samples_of(found[0]), ("cutout", "autoaugment", "jitter")
-            title = f"{dataset.name}\na training image, and random draws of augmentations"
-            save("augmentation", (5.4, 4), title, draw_samples, dataset, names, 3)
-            names = augment.NAMES[1:]  # all but none
-            save("augmentation-all", (11.7, 1.2 * len(names) + 0.7), title, draw_samples, dataset, names, 8)
+    matplotlib.style.use(["default", "tableau-colorblind10", style])
+    drawn, seen = [], set()
+    for view in views:
+        cells = drawn_cells(view) if view.name in FIGURES else []
+        used = {cell.run.name for cell in cells}
+        if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
+            drawn.append((view, cells))
+            seen |= used
+    count = Counter(view.name for view, _ in drawn)
+    for view, cells in drawn:
+        file, draw, _, size, title = FIGURES[view.name]
+        context = heading(view.context)
+        n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
+        title = f"{title}\n{context}; mean over seeds (bars: ± std), n = {n}"
+        save(slug(file, context if count[view.name] > 1 else ""), size, title, draw, cells)
+    if with_samples:
+        dataset = samples_of(found[0])
+        title = f"{dataset.name}\na training image, and random draws of augmentations"
+        save("augmentation", (5.4, 4), title, draw_samples, dataset, ("cutout", "autoaugment", "jitter"), 3)
+        save("augmentation-all", (11.7, 10.3), title, draw_samples, dataset, augment.NAMES[1:], 8)
 
 
 def samples_of(run):
-    """The data set of a run if it is there, decoded; else `synthetic`."""
-    for file in Path(run.results[0]["config"]["root"], "cache").expanduser().glob("*.pt"):
-        dataset = data._open_cache(file)
-        if dataset and dataset.fingerprint == run.common["data fingerprint"]:
-            return dataset._replace(name=run.settings["data"])
+    """The data set of a run if it is here and decoded, else `synthetic`."""
+    config = run.results[0]["config"]
+    decoded = [file.name for file in Path(config["root"], "cache").expanduser().glob("*.pt")]
+    if any(name.startswith(Path(config["data"]).name) for name in decoded):
+        with contextlib.suppress(ValueError, OSError, RuntimeError):
+            return data.load(config["data"], config["root"])
     return data.load("synthetic")
 
 
