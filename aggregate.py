@@ -40,9 +40,9 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 # The tables
 
-# rows, columns: a setting, `step`, or a tuple: parts of a mixture's result (rows), metrics or PARTS (columns).
-# fixed: settings that are not the recipe's. steps: rows or columns, with the settings that each fixes.
-# ignore: settings that may have any value. title: None for what is only a figure
+# title: None for what is only a figure. rows, columns: a setting of the runs, such as `lr`; for columns also a tuple
+# of metrics and PARTS, for rows of a mixture's parts; `step` for those of `steps`, with the settings that each fixes.
+# script: whose runs. fixed: their settings that are not the recipe's. ignore: settings that may have any value
 FIELDS = "title rows columns script fixed steps ignore"
 Table = namedtuple("Table", FIELDS, defaults=("train", {}, {"": {}}, ()))
 # Settings that may differ by row, for what rows show, with the study's values if they are not the recipe's
@@ -395,12 +395,12 @@ def heading(context):
 
 
 def mean_and_std(values):
-    """The mean of some numbers and, of several, their standard deviation (n - 1)."""
-    return (np.mean(values), np.std(values, ddof=1)) if len(values) > 1 else (np.mean(values),)
+    """The mean of some numbers and their standard deviation (n - 1), NaN for a single one."""
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
 
 
-def in_digits(numbers):
-    return " ± ".join(f"{number:.4f}" for number in numbers)
+def in_digits(mean, std=math.nan):
+    return f"{mean:.4f}" if math.isnan(std) else f"{mean:.4f} ± {std:.4f}"
 
 
 def plain(text, latex):
@@ -443,19 +443,19 @@ def written(view, usual):
     columns = dict.fromkeys(cell.column for cell in view.cells)
     corner = table.rows if table.rows in ("optimizer", "dropout", "fraction") else ""
     lines = [[corner, *["n"] * other, *columns, *["gain"] * (table.rows == "step")]]
-    above, means = {step: before for before, step in itertools.pairwise(table.steps)}, {}
+    steps, means = list(table.steps), {}
     for row, cells in itertools.groupby(view.cells, key=lambda cell: cell.row):
         cells = list(cells)
         lines.append([row, *[str(len(cells[0].values))] * other])
         for cell in cells:
-            text = in_digits(mean_and_std(cell.values)) if cell.values else "-"
+            text = in_digits(*mean_and_std(cell.values)) if cell.values else "-"
             text += f" (n = {len(cell.values)})" if len(cell.values) not in (0, usual) and not other else ""
             lines[-1].append(f"**{text}**" if cell.mark == "**" else f"{text} {cell.mark}".strip())
         if table.rows == "step":
-            means[row], base = np.mean(cells[0].values), means.get(above.get(row)) if "+" in row else None
-            lines[-1].append(f"{means[row] - base:+.4f}" if base else "")
+            means[row], above = np.mean(cells[0].values), steps[steps.index(row) - 1]
+            lines[-1].append(f"{means[row] - means[above]:+.4f}" if "+" in row and above in means else "")
         if any(cell.published for cell in cells):
-            lines.append(["study", *(in_digits(cell.published) if cell.published else "" for cell in cells)])
+            lines.append(["study", *(in_digits(*cell.published) if cell.published else "" for cell in cells)])
             gains = (f"{np.mean(c.values) - c.published[0]:+.4f}" if c.published else "" for c in cells)
             lines.append(["difference", *gains])
     return lines
@@ -528,10 +528,13 @@ def draw_epochs(figure, cells):
     lines, labels = {}, list(dict.fromkeys(label for _, label in series))
     for (title, label), (run, part, metric) in series.items():
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
-        epochs, means = values.shape[1], values.mean(0)
+        epochs, (mean, std) = values.shape[1], mean_and_std(values[:, -1])
         end = epochs * (1.03 + 0.03 * labels.index(label))
-        std = [math.nan] * epochs + [np.std(values[:, -1], ddof=1) if len(values) > 1 else math.nan]
-        lines[title, label] = [*range(1, epochs + 1), end], [*means, means[-1]], std
+        lines[title, label] = (
+            [*range(1, epochs + 1), end],
+            [*values.mean(0), mean],
+            [*[math.nan] * epochs, std],
+        )
     draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
 
 
@@ -543,8 +546,8 @@ def draw_accuracy(figure, cells):
     lines = defaultdict(list)
     for cell in cells:
         name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
-        lines[name].append((ticks.index(tick), *mean_and_std(cell.values), math.nan)[:3])
-    lines = {name: np.array(points, float).T for name, points in lines.items()}
+        lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
+    lines = {name: zip(*points, strict=True) for name, points in lines.items()}
     xlabel = "share of the training images" if by_fraction else None
     for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
         axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")

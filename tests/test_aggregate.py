@@ -553,7 +553,7 @@ def test_the_tables_of_readme_and_docs_are_those_of_the_result_files(measured):
 
 def published_numbers():
     rows = (cells for table in aggregate.PUBLISHED.values() for cells in table.values())
-    return {aggregate.in_digits(pair) for cells in rows for pair in cells.values() if pair}
+    return {aggregate.in_digits(*pair) for cells in rows for pair in cells.values() if pair}
 
 
 def test_every_row_of_readmes_first_table_is_what_its_command_gave():
@@ -564,7 +564,7 @@ def test_every_row_of_readmes_first_table_is_what_its_command_gave():
         module = aggregate.SCRIPTS[script.removesuffix(".py")]
         folder = HOUSE / "docs" / "results" / module.run_name(module.parse_arguments(words), DATA)
         found = [json.loads(file.read_text())["test"]["accuracy"] for file in folder.glob("seed*.json")]
-        shown = [aggregate.in_digits(aggregate.mean_and_std(found)), str(len(found))]
+        shown = [aggregate.in_digits(*aggregate.mean_and_std(found)), str(len(found))]
         assert [ours, seeds] == shown, command
         assert theirs == "–" or theirs.removesuffix(" (pretrained)") in published_numbers()
     assert len(rows) > 5
