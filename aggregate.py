@@ -11,6 +11,7 @@ the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import json
@@ -39,80 +40,79 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 # The tables
 
-# rows, columns: a setting, `step`, or a tuple: parts of a mixture's result (rows), metrics or PARTS (columns).
-# fixed: settings that are not the recipe's. ignore: settings that go with a row, with the study's values by row
-# if they are not the recipe's. steps: rows or columns, with the settings that each fixes. title: None for a figure
-FIELDS = "title rows columns script fixed ignore steps"
-Table = namedtuple("Table", FIELDS, defaults=("train", {}, {}, {"": {}}))
+# title: None for what is only a figure. rows, columns: a setting of the runs, such as `lr`; for columns also a tuple
+# of metrics and PARTS, for rows of a mixture's parts; `step` for those of `steps`, with the settings that each fixes.
+# script: whose runs. fixed: their settings that are not the recipe's. ignore: settings that may have any value
+FIELDS = "title rows columns script fixed steps ignore"
+Table = namedtuple("Table", FIELDS, defaults=("train", {}, {"": {}}, ()))
+# Settings that may differ by row, for what rows show, with the study's values if they are not the recipe's
+BY_ROW = {
+    "arch": {"pretrained": {"resnet18": True, "efficientnet_b0": True}},
+    "optimizer": {"momentum": {}},
+    "fraction": {"batch_size": {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32}, "shot": {},
+                 "query": fewshot.QUERIES},
+}  # fmt: skip
 # Settings that the results of a table share, and that stand in its heading
 CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size", "steps_per_epoch", "episodes",
            "way", "experts", "compute dtype")  # fmt: skip
 MIXTURE = {label: part for part, label in moe.ROWS.items()}
 PARTS = {**MIXTURE, "accuracy with mirror images": "test_tta", "1 prototype": "one_prototype",
          "nearest image": "nearest_image"}  # fmt: skip
-NETWORK, STARTS = (
-    {"pretrained": {"resnet18": True, "efficientnet_b0": True}},
-    (", pretrained", ", from scratch"),
-)
-BATCH_SIZES = {0.001: 4, 0.002: 4, 0.005: 8, 0.01: 16, 0.02: 32}
-SIZES = {"batch_size": BATCH_SIZES, "shot": {}, "query": fewshot.QUERIES}
 HYBRID, LOSS_FIRST = {"aug": "hybrid"}, ("loss", "accuracy", "f1", "precision", "recall")
-LADDER = {"one-cycle": {"schedule": "onecycle"}, "small stem": {"stem": "small"},
-          "flip+translate": {"aug": "flip+translate"}, "label smoothing": {"label_smoothing": 0.1},
-          "30 epochs": {"epochs": 30},
-          "SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "weight_decay": 0.0005}}  # fmt: skip
+STEPS = {"one-cycle": {"schedule": "onecycle"}, "small stem": {"stem": "small"},
+         "flip+translate": {"aug": "flip+translate"}, "label smoothing": {"label_smoothing": 0.1},
+         "30 epochs": {"epochs": 30},
+         "SGD": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.05, "weight_decay": 0.0005}}  # fmt: skip
 
 
 def ladder(network):
     """{label: settings}, each step with the settings of those above it. The custom network has no stem."""
     settings = {"arch": network}
     steps = {network: settings}
-    for label, more in LADDER.items():
+    for label, more in STEPS.items():
         if network != "custom" or "stem" not in more:
             steps[f"{network} … + {label}"] = settings = settings | more
     return steps
 
 
 TABLES = {
-    "overfitting": Table(None, "arch", ("accuracy",), fixed={"epochs": 30}, ignore=NETWORK),
-    "initial": Table("Initial results", "arch", METRICS, ignore=NETWORK),
-    "augmentation": Table("Augmentation, accuracy", "arch", "aug", ignore=NETWORK),
-    "hybrid": Table("Hybrid augmentation", "arch", ("accuracy",), fixed=HYBRID, ignore=NETWORK),
-    "learning-rate": Table("Learning rate on hybrid, accuracy", "arch", "lr", fixed=HYBRID, ignore=NETWORK),
-    "optimizer": Table("Optimizer, custom on hybrid", "optimizer", METRICS, fixed=HYBRID, ignore={"momentum": {}}),
-    "weight-decay": Table("Weight decay, accuracy", "arch", "weight_decay", ignore=NETWORK),
+    "overfitting": Table(None, "arch", ("accuracy",), fixed={"epochs": 30}),
+    "initial": Table("Initial results", "arch", METRICS),
+    "augmentation": Table("Augmentation, accuracy", "arch", "aug"),
+    "hybrid": Table("Hybrid augmentation", "arch", ("accuracy",), fixed=HYBRID),
+    "learning-rate": Table("Learning rate on hybrid, accuracy", "arch", "lr", fixed=HYBRID),
+    "optimizer": Table("Optimizer, custom on hybrid", "optimizer", METRICS, fixed=HYBRID),
+    "weight-decay": Table("Weight decay, accuracy", "arch", "weight_decay"),
     "dropout": Table("Dropout, custom on hybrid", "dropout", ("accuracy", "precision"), fixed=HYBRID),
     "moe": Table("Mixture of experts", tuple(MIXTURE), LOSS_FIRST, script="moe"),
     "fewshot": Table("Few-shot learning", "fraction", (*METRICS[:4], "1 prototype", "nearest image"),
-                     script="fewshot", ignore=SIZES),
+                     script="fewshot"),
     "regular": Table("Regular training on the same fractions", "fraction", ("accuracy",),
-                     fixed={"aug": "flip+autoaugment"}, ignore=SIZES),
+                     fixed={"aug": "flip+autoaugment"}),
     "beyond": Table("Beyond the study", "step", ("accuracy", "f1", "loss", "accuracy with mirror images"),
                     steps=ladder("custom") | ladder("resnet18") | ladder("densenet121") | ladder("efficientnet_b0")),
     "beyond-moe": Table("Beyond the study: mixture of experts", tuple(MIXTURE), LOSS_FIRST, script="moe", fixed={
         "train_adapters": True, "adapter_width": 512,
         "experts": ("airplane,automobile,ship,truck", "bird,cat,deer,dog,frog,horse")}),
-    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "step",
-                            ignore={**SIZES, "epochs": {}, "episodes": {}}, steps={
+    "beyond-fewshot": Table("Few-shot learning and regular training, accuracy", "fraction", "step", steps={
         "few-shot, 3 prototypes": {"script": "fewshot"}, "1 prototype": {"script": "fewshot"},
         "nearest image": {"script": "fewshot"}, "regular training": {"aug": "flip+autoaugment"},
         "regular training, one-cycle": {"aug": "flip+translate+autoaugment", "schedule": "onecycle",
-                                        "batch_size": 32, "steps_per_epoch": 300}}),
-    "other": Table("Other runs", "run", METRICS),
+                                        "batch_size": 32, "steps_per_epoch": 300}}, ignore=("epochs", "episodes")),
 }  # fmt: skip
+OTHER = Table("Other runs", "run", METRICS)  # those that none of the tables shows
 
 
 def read_published(text):
-    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. std is None for a
-    single seed, the pair is None for `-`."""
+    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. A single seed
+    has no std, and `-` gives ()."""
     published = defaultdict(lambda: defaultdict(dict))
     for first, *words in map(str.split, text.strip().splitlines()):
         if first in TABLES:
             columns = [word.split("/") if "/" in word else (first, word) for word in words]
             continue
         for (table, column), word in zip(columns, words, strict=True):
-            numbers = None if word == "-" else (*map(float, word.split("±")), None)[:2]
-            published[table][first][column] = numbers
+            published[table][first][column] = tuple(map(float, re.findall(r"[\d.]+", word)))
     return published
 
 
@@ -171,29 +171,30 @@ Run = namedtuple("Run", "name named settings common results")
 
 def read(folder):
     """The runs in a folder, a list of Run. Unusable files are reported on standard error."""
-    found, fingerprints = {}, defaultdict(set)
+    found = {}
     paths = [path for path in folder.glob("[!.]*/seed*.json") if re.fullmatch(r"seed\d+", path.stem)]
     for path in sorted(paths, key=lambda path: (path.parent, int(path.stem[4:]))):
         try:
-            run = read_result(path)
+            run, result = read_result(path)
             first = found.setdefault(path.parent, run)
             for what, value in first.common.items():
                 if run.common.get(what) != value:
                     raise ValueError(f"{what} {run.common.get(what)}, and {value} in other seeds of its run")
+            first.results.append(result)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{error} is missing" if isinstance(error, KeyError) else error
             print(f"left out: {path}: {reason}", file=sys.stderr)
-            continue
-        first.results.extend(run.results if run is not first else [])
-        fingerprints[run.settings["data"]].add(run.common["data fingerprint"])
+    data_sets = {(run.settings["data"], run.common["data fingerprint"]) for run in found.values()}
+    count = Counter(name for name, _ in data_sets)
     for run in found.values():
-        if len(fingerprints[run.settings["data"]]) > 1:  # data sets of one name, in separate tables
+        if count[run.settings["data"]] > 1:  # data sets of one name, in separate tables
             run.settings["fingerprint"] = run.common["data fingerprint"]
     return list(found.values())
 
 
 def read_result(path):
-    """A Run of one seed. Raises ValueError for an unusable result, and whatever Python raises for other files."""
+    """A Run without results, and the file's content. Raises ValueError for an unusable result, and whatever
+    Python raises for other files."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
@@ -204,33 +205,29 @@ def read_result(path):
     settings = {key: config.get(key, default) for key, default in DEFAULTS[script].items()}
     if script != "fewshot" and len(history) != settings["epochs"]:
         raise ValueError(f"half a run: {len(history)} of {settings['epochs']} epochs")
-    parts = [content[part] for part in {"test", *(content.keys() & PARTS.values())}]
-    parts += [epoch[split] for epoch in history for split in ("train", "valid")[: 1 + (script != "fewshot")]]
-    if not all(math.isfinite(part[metric]) for part in parts for metric in METRICS):
+    splits = ("train",) if script == "fewshot" else ("train", "valid")
+    measured = [content["test"], *(content[part] for part in content.keys() & PARTS.values())]
+    measured += [epoch[split] for epoch in history for split in splits]
+    if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
-    experts = len(settings["experts"]) + 1 if script == "moe" else 0
-    if np.shape(content["confusion"]) != (len(classes), len(classes)):
-        raise ValueError(f"confusion is not of {len(classes)} classes")
-    if experts and np.shape(content["gate"]) != (len(classes), experts):
-        raise ValueError(f"gate is not of {len(classes)} classes and {experts} experts")
 
-    folder, name, environment = path.parent.name, content["data"]["name"], content["environment"]
+    name, folder, environment = content["data"]["name"], path.parent.name, content["environment"]
     only = None if config["classes"] is None else data.spec(classes)
-    names = [name, *re.findall(re.escape(name) + "-[0-9a-f]{8}", folder)]  # older files lack the digits
     args = argparse.Namespace(**settings)
+    names = [name, *re.findall(re.escape(name) + "-[0-9a-f]{8}", folder)]  # older files lack the digits
     names = [name for name in names if SCRIPTS[script].run_name(args, name, only) == folder]
     settings = identity(script, settings) | {"data": (names or [name])[0], "classes": only}
-    if settings.pop("amp") != "auto":
+    if args.amp != "auto":
         settings["compute dtype"] = environment["dtype"]
     common = {**settings, "classes": tuple(classes), "data fingerprint": content["data"]["fingerprint"],
               "dtype": environment["dtype"], "major version of torch": environment["torch"].split(".")[0]}  # fmt: skip
     hash(tuple(common.values()))  # TypeError for a list where none belongs
-    return Run(folder, bool(names), settings, common, [content])
+    return Run(folder, bool(names), settings, common, []), content
 
 
 def identity(script, settings):
     """The settings that have a part in what a run is, with its script."""
-    kept = {key: value for key, value in settings.items() if key not in runs.NEUTRAL or key == "amp"}
+    kept = {key: value for key, value in settings.items() if key not in runs.NEUTRAL}
     return {"script": script, **{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}}
 
 
@@ -242,58 +239,64 @@ RECIPES["fewshot"] |= {"way": 5, "shot": 5}  # fewer on small data, by default
 # From results to tables
 
 # A table of one context, {setting: value}; shown: whether it is printed
-View = namedtuple("View", "name table context heading cells shown")
+View = namedtuple("View", "name table context cells shown")
 # unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best, ≈ if
-# not significantly different; published: (mean, std) or None
+# not significantly different; published: (mean, std), () or None
 Cell = namedtuple("Cell", "row column run unlike values mark published")
+# What is added to a network's name if --pretrained is unlike the study's
+STARTS = {None: "", True: ", pretrained", False: ", from scratch"}
 
 
 def belongs(run, table, step):
     """None if a run does not belong to a table, at one of its steps: its settings have to be the recipe's, apart
     from those that rows and columns show, those that the table fixes or ignores, and its context. Otherwise two
-    dictionaries of settings: its context, and what is unlike the study's run of its row, since it is ignored."""
-    if table.rows == "run":
-        keys = ("data", "fingerprint", "classes")  # what it was tested on
-        return {k: run.settings[k] for k in keys if run.settings.get(k) != RECIPES["train"].get(k)}, {}
+    dictionaries of settings: its context, and what is unlike the study's run of its row."""
+    if table is OTHER:
+        tested_on = ("data", "fingerprint", "classes")
+        return {k: run.settings[k] for k in tested_on if run.settings.get(k) != RECIPES["train"].get(k)}, {}
     fixed = {"script": table.script, **table.fixed, **table.steps[step]}
-    context, unlike, recipe = {}, {}, RECIPES[fixed["script"]]
+    by_row, recipe, context, unlike = BY_ROW.get(table.rows, {}), RECIPES[fixed["script"]], {}, {}
     for key, value in run.settings.items():
-        usual = table.ignore.get(key, {}).get(run.settings.get(table.rows), recipe.get(key))
+        usual = by_row.get(key, {}).get(run.settings.get(table.rows), recipe.get(key))
         if value == fixed.get(key, usual) or key in (table.rows, table.columns):
             continue
-        if key in table.ignore:
+        if key in by_row or key in table.ignore:
             unlike[key] = value
         elif key in CONTEXT and key not in fixed:
             context[key] = value
         else:
             return None
-    return (context, unlike) if run.named else None
+    return context, unlike
+
+
+def place_runs(found, table):
+    """{context: {(row, column): (what is unlike the study's run, run)}}. Of two runs for one place, the one nearer
+    to the study's."""
+    groups = defaultdict(dict)
+    for run, step in itertools.product(found, table.steps):
+        if fits := belongs(run, table, step):
+            context, unlike = fits
+            start = STARTS[unlike.pop("pretrained", None)]
+            settings = {**run.settings, "step": step, "run": run.name}
+            rows, columns = ([text_of(settings[a])] if isinstance(a, str) else a for a in table[1:3])
+            group, fit = groups[tuple(sorted(context.items()))], (unlike, run)
+            for row, column in itertools.product(rows, columns):
+                place = row + start, column
+                group[place] = min(group.get(place, fit), fit, key=lambda fit: len(fit[0]))
+    return groups
 
 
 def make_views(found, published):
     """A View for each table and context that has results, those with the study's context first."""
     views, seen = [], set()
-    for name, table in TABLES.items():
-        groups = defaultdict(lambda: defaultdict(list))  # {context: {place: runs}}
-        for run, step in itertools.product(found, table.steps):
-            fits = belongs(run, table, step)
-            if fits and not (name == "other" and run.name in seen):
-                context, unlike = fits
-                start = {True: STARTS[0], False: STARTS[1], None: ""}[unlike.pop("pretrained", None)]
-                settings = {**run.settings, "step": step, "run": run.name}
-                rows, columns = ([text_of(settings[a])] if isinstance(a, str) else a for a in table[1:3])
-                for row, column in itertools.product(rows, columns):
-                    groups[tuple(sorted(context.items()))][row + start, column].append((unlike, run))
-        for context, group in sorted(groups.items(), key=lambda item: len(item[0])):
-            # Of two runs for one cell, the nearer to the study's
-            group = {
-                place: min(fits, key=lambda fit: (len(fit[0]), fit[1].name)) for place, fits in group.items()
-            }
+    for name, table in [*TABLES.items(), ("other", OTHER)]:
+        runs = [run for run in found if (run.name not in seen if table is OTHER else run.named)]
+        for context, group in sorted(place_runs(runs, table).items(), key=lambda item: len(item[0])):
             new = {place for place, (_, run) in group.items() if run.name not in seen}
             compared = new if isinstance(table.columns, str) else {row for row, _ in new}
-            shown = bool(table.title) and (not context or name == "other" or len(compared) > 1)
-            cells = make_cells(table, context, group, published[name])
-            views.append(View(name, table, dict(context), heading(dict(context)), cells, shown))
+            shown = bool(table.title) and (not context or table is OTHER or len(compared) > 1)
+            cells = make_cells(table, context, group, published.get(name, {}))
+            views.append(View(name, table, dict(context), cells, shown))
             seen |= {run.name for _, run in group.values()} if shown else set()
     return sorted(views, key=lambda view: (len(view.context), str(view.context)))
 
@@ -316,7 +319,7 @@ def make_cells(table, context, group, published):
 def in_order(labels, axis, steps, published):
     """Rows or columns, each once: known ones in their order, then numbers by size, then names."""
     known = steps if axis == "step" else published if isinstance(axis, str) else axis
-    known = [label + start for label in known for start in ("", *STARTS)]
+    known = [label + start for label in known for start in STARTS.values()]
 
     def rank(label):
         size = float(label) if re.fullmatch(r"\d+(\.\d+)?", label) else math.inf
@@ -353,12 +356,11 @@ def p_value(first, second):
     if a + b == 0:
         return float(distance == 0)
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: Gauss-Legendre integrates it
-    angle = math.atan(distance / math.sqrt((a + b) * freedom))
-    points, weights = np.polynomial.legendre.leggauss(100)
-    inside = (np.cos(angle * (points + 1) / 2) ** (freedom - 1) * weights).sum() * angle / 2
-    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    return float(max(0.0, 1 - scale * inside))
+    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: its share beyond the angle
+    angles = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    beyond = angles >= math.atan(distance / math.sqrt((a + b) * freedom))
+    return float(density[beyond].sum() / density.sum())
 
 
 # Printing
@@ -387,18 +389,18 @@ def describe(settings):
 
 def heading(context):
     """The data set, then other settings: `CINIC-10, epochs 30`."""
-    name, *others = context.get("data", "cinic10"), {key: context[key] for key in context if key != "data"}
-    name = {"cinic10": "CINIC-10", "cifar10": "CIFAR-10"}.get(name, name)
-    return ", ".join([name, *map(describe, filter(None, others))])
+    others, name = dict(context), {"cinic10": "CINIC-10", "cifar10": "CIFAR-10"}
+    data_set = others.pop("data", "cinic10")
+    return ", ".join(filter(None, [name.get(data_set, data_set), describe(others)]))
 
 
 def mean_and_std(values):
-    """The mean of some numbers and their standard deviation (n - 1), None for a single one."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+    """The mean of some numbers and their standard deviation (n - 1), NaN for a single one."""
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
 
 
-def in_digits(mean, std):
-    return f"{mean:.4f}" if std is None else f"{mean:.4f} ± {std:.4f}"
+def in_digits(mean, std=math.nan):
+    return f"{mean:.4f}" if math.isnan(std) else f"{mean:.4f} ± {std:.4f}"
 
 
 def plain(text, latex):
@@ -419,7 +421,7 @@ def print_views(views, latex):
     for view in views:
         if view.context != context:
             context = view.context
-            print(f"{start or '## '}{view.heading}\n")
+            print(f"{start or '## '}{heading(view.context)}\n")
             if context:
                 print(f"{start}Not the study's data and settings: its numbers are not comparable.\n")
         usual = statistics.mode(len(cell.values) for cell in view.cells if cell.values)
@@ -428,8 +430,8 @@ def print_views(views, latex):
         table = tabulate.tabulate(lines, "firstrow", "latex_raw" if latex else "github", **style)
         title, text = view.table.title, explanation(view, usual)
         if latex:
-            caption = plain(f"{title}: {view.heading}, test split. {text}", latex)
-            print(LATEX % (caption, slug(view.name, view.heading), table))
+            caption = plain(f"{title}: {heading(view.context)}, test split. {text}", latex)
+            print(LATEX % (caption, slug(view.name, heading(view.context)), table))
         else:
             print(f"### {title}\n\n{table}\n\n{text}\n")
 
@@ -437,11 +439,11 @@ def print_views(views, latex):
 def written(view, usual):
     """The rows of a printed table, header first: ours and, if available, the study's and the difference. usual: the
     number of seeds that cells need not say."""
-    table, other = view.table, view.name == "other"
+    table, other = view.table, view.table is OTHER
     columns = dict.fromkeys(cell.column for cell in view.cells)
     corner = table.rows if table.rows in ("optimizer", "dropout", "fraction") else ""
     lines = [[corner, *["n"] * other, *columns, *["gain"] * (table.rows == "step")]]
-    above, means = {step: before for before, step in itertools.pairwise(table.steps)}, {}
+    steps, means = list(table.steps), {}
     for row, cells in itertools.groupby(view.cells, key=lambda cell: cell.row):
         cells = list(cells)
         lines.append([row, *[str(len(cells[0].values))] * other])
@@ -450,8 +452,8 @@ def written(view, usual):
             text += f" (n = {len(cell.values)})" if len(cell.values) not in (0, usual) and not other else ""
             lines[-1].append(f"**{text}**" if cell.mark == "**" else f"{text} {cell.mark}".strip())
         if table.rows == "step":
-            means[row], base = np.mean(cells[0].values), means.get(above.get(row)) if "+" in row else None
-            lines[-1].append(f"{means[row] - base:+.4f}" if base else "")
+            means[row], above = np.mean(cells[0].values), steps[steps.index(row) - 1]
+            lines[-1].append(f"{means[row] - means[above]:+.4f}" if "+" in row and above in means else "")
         if any(cell.published for cell in cells):
             lines.append(["study", *(in_digits(*cell.published) if cell.published else "" for cell in cells)])
             gains = (f"{np.mean(c.values) - c.published[0]:+.4f}" if c.published else "" for c in cells)
@@ -463,10 +465,12 @@ def explanation(view, usual):
     """What a table's numbers and marks mean."""
     text = [f"Mean ± standard deviation over n = {usual} seeds" if usual > 1 else "One seed (n = 1)"]
     text[0] += " unless a cell says otherwise" * bool({len(cell.values) for cell in view.cells} - {0, usual})
-    if view.name == "other":
+    if view.table is OTHER:
         text = ["Runs that no table shows: mean ± standard deviation over n seeds"]
-    if any(cell.mark for cell in view.cells):
+    marks = {cell.mark for cell in view.cells}
+    if "**" in marks:
         text.append(f"bold: best of its {'row' if isinstance(view.table.columns, str) else 'column'}")
+    if "≈" in marks:
         text.append("≈: not significantly different from the best (Welch, p > 0.05, tested from n = 3 on)")
     text += dict.fromkeys(f"{describe(cell.unlike)} at {cell.row}" for cell in view.cells if cell.unlike)
     return "; ".join(text) + "."
@@ -522,11 +526,15 @@ def draw_epochs(figure, cells):
         whats = itertools.product(("accuracy", "loss"), ("train", "valid"))
         series = {(metric, part): (cells[0].run, part, metric) for metric, part in whats}
     lines, labels = {}, list(dict.fromkeys(label for _, label in series))
-    for name, (run, part, metric) in series.items():
+    for (title, label), (run, part, metric) in series.items():
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
-        end = values.shape[1] * (1.03 + 0.03 * labels.index(name[1]))
-        std = [math.nan] * values.shape[1] + [mean_and_std(values[:, -1])[1] or math.nan]
-        lines[name] = [*range(1, values.shape[1] + 1), end], [*values.mean(0), values[:, -1].mean()], std
+        epochs, (mean, std) = values.shape[1], mean_and_std(values[:, -1])
+        end = epochs * (1.03 + 0.03 * labels.index(label))
+        lines[title, label] = (
+            [*range(1, epochs + 1), end],
+            [*values.mean(0), mean],
+            [*[math.nan] * epochs, std],
+        )
     draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
 
 
@@ -539,7 +547,7 @@ def draw_accuracy(figure, cells):
     for cell in cells:
         name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
         lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
-    lines = {name: np.array(points, float).T for name, points in lines.items()}
+    lines = {name: zip(*points, strict=True) for name, points in lines.items()}
     xlabel = "share of the training images" if by_fraction else None
     for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
         axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
@@ -635,54 +643,55 @@ def draw_figures(views, found, folder, with_samples):
     # Nothing depends on matplotlibrc, and no text is mathematics. Colours that colour-blind readers distinguish
     style = {"text.parse_math": False, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
-    with matplotlib.style.context(["default", "tableau-colorblind10", style]):
-        drawn, seen = [], set()
-        for view in views:
-            cells = drawn_cells(view) if view.name in FIGURES else []
-            used = {cell.run.name for cell in cells}
-            if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
-                drawn.append((view, cells))
-                seen |= used
-        for view, cells in drawn:
-            file, draw, _, size, title = FIGURES[view.name]
-            alone = sum(other.name == view.name for other, _ in drawn) == 1
-            n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
-            title = f"{title}\n{view.heading}; mean over seeds (bars: ± std), n = {n}"
-            save(slug(file, "" if alone else view.heading), size, title, draw, cells)
-        if with_samples:
-            dataset, names = samples_of(found[0]), ("cutout", "autoaugment", "jitter")
-            title = f"{dataset.name}\na training image, and random draws of augmentations"
-            save("augmentation", (5.4, 4), title, draw_samples, dataset, names, 3)
-            names = augment.NAMES[1:]  # all but none
-            save("augmentation-all", (11.7, 1.2 * len(names) + 0.7), title, draw_samples, dataset, names, 8)
+    matplotlib.style.use(["default", "tableau-colorblind10", style])
+    drawn, seen = [], set()
+    for view in views:
+        cells = drawn_cells(view) if view.name in FIGURES else []
+        used = {cell.run.name for cell in cells}
+        if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
+            drawn.append((view, cells))
+            seen |= used
+    count = Counter(view.name for view, _ in drawn)
+    for view, cells in drawn:
+        file, draw, _, size, title = FIGURES[view.name]
+        context = heading(view.context)
+        n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
+        title = f"{title}\n{context}; mean over seeds (bars: ± std), n = {n}"
+        save(slug(file, context if count[view.name] > 1 else ""), size, title, draw, cells)
+    if with_samples:
+        dataset = samples_of(found[0])
+        title = f"{dataset.name}\na training image, and random draws of augmentations"
+        save("augmentation", (5.4, 4), title, draw_samples, dataset, ("cutout", "autoaugment", "jitter"), 3)
+        save("augmentation-all", (11.7, 10.3), title, draw_samples, dataset, augment.NAMES[1:], 8)
 
 
 def samples_of(run):
-    """The data set of a run if it is there, decoded; else `synthetic`."""
-    for file in Path(run.results[0]["config"]["root"], "cache").expanduser().glob("*.pt"):
-        dataset = data._open_cache(file)
-        if dataset and dataset.fingerprint == run.common["data fingerprint"]:
-            return dataset._replace(name=run.settings["data"])
+    """The data set of a run if it is here and decoded, else `synthetic`."""
+    config = run.results[0]["config"]
+    decoded = [file.name for file in Path(config["root"], "cache").expanduser().glob("*.pt")]
+    if any(name.startswith(Path(config["data"]).name) for name in decoded):
+        with contextlib.suppress(ValueError, OSError, RuntimeError):
+            return data.load(config["data"], config["root"])
     return data.load("synthetic")
 
 
 def main():
-    parser, default = runs.new_parser(__doc__), "(default: %(default)s)"
+    parser, default, names = runs.new_parser(__doc__), "(default: %(default)s)", [*TABLES, "other"]
     add = parser.add_argument
     add("results", nargs="?", type=Path, default=Path("results"), help=default)
-    add("--only", default=",".join(TABLES), metavar="A,B", help=default)
+    add("--only", default=",".join(names), metavar="A,B", help=default)
     add("--format", default="github", choices=("github", "latex", "csv"), help=default)
     add("--figures", type=Path, metavar="FOLDER", help="draw the figures there, as PNG and PDF")
     add("--no-published", action="store_true", help="leave the study's numbers out")
     args = parser.parse_args()
     only, folder = args.only.split(","), args.results.expanduser()
-    for name in set(only) - TABLES.keys():
-        raise ValueError(f"--only {name}: choose from {', '.join(TABLES)}")
+    for name in set(only) - set(names):
+        raise ValueError(f"--only {name}: choose from {', '.join(names)}")
     found = read(folder)
     if not found:
         what = "no results in" if folder.is_dir() else "there is no folder"
         raise RuntimeError(f"{what} {folder}: run train.py or run_all.sh first")
-    views = make_views(found, defaultdict(dict, {} if args.no_published else PUBLISHED))
+    views = make_views(found, {} if args.no_published else PUBLISHED)
     views = [view for view in views if view.name in only]
     try:
         if args.format == "csv":
