@@ -210,6 +210,10 @@ def read_result(path):
     measured += [epoch[split] for epoch in history for split in splits]
     if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
+    if np.shape(content["confusion"]) != (len(classes), len(classes)):
+        raise ValueError(f"confusion is not of {len(classes)} classes")
+    if script == "moe" and np.shape(content["gate"]) != (len(classes), 1 + len(settings["experts"])):
+        raise ValueError(f"gate is not of {len(classes)} classes and {1 + len(settings['experts'])} experts")
 
     name, folder, environment = content["data"]["name"], path.parent.name, content["environment"]
     only = None if config["classes"] is None else data.spec(classes)
@@ -304,6 +308,8 @@ def make_views(found, published):
 def make_cells(table, context, group, published):
     """The cells of a table, row by row. group: {(row, column): (what is unlike the study's run, run)}."""
     rows, columns = zip(*group, strict=True)
+    usual = text_of(RECIPES["train"].get(table.columns))  # a row with nothing else is in another table, too
+    rows = [row for row, column in group if column != usual] or rows
     rows = in_order(rows, table.rows, table.steps, published)
     columns = in_order(columns, table.columns, table.steps, next(iter(published.values()), ()))
     values, cells = {place: values_of(run, *place) for place, (_, run) in group.items()}, []
@@ -356,11 +362,12 @@ def p_value(first, second):
     if a + b == 0:
         return float(distance == 0)
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: its share beyond the angle
-    angles = np.linspace(0, math.pi / 2, 20_001)
-    density = np.cos(angles) ** (freedom - 1)
-    beyond = angles >= math.atan(distance / math.sqrt((a + b) * freedom))
-    return float(density[beyond].sum() / density.sum())
+    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: Gauss-Legendre integrates it
+    angle = math.atan(distance / math.sqrt((a + b) * freedom))
+    points, weights = np.polynomial.legendre.leggauss(100)
+    inside = (np.cos(angle * (points + 1) / 2) ** (freedom - 1) * weights).sum() * angle / 2
+    scale = 2 / math.sqrt(math.pi) * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    return float(max(0.0, 1 - scale * inside))
 
 
 # Printing
