@@ -55,7 +55,7 @@ def load(args, device):
     smallest = [f"{n} images in {name} ({dataset.classes[label]})" for name, n, label in smallest]
     found = f"{number} classes, the smallest with {' and '.join(smallest)}"
     if way > number or shot + query > fewest:
-        raise ValueError(f"{found}: too few for {options}; lower them or use more images")
+        raise ValueError(f"{found}: too few for {options}: ask for less, or raise --fraction")
     if [way, shot, query] != list(wanted.values()):
         print(f"{found}: episodes have {options}")
     args.way, args.shot, args.query = way, shot, query

@@ -22,6 +22,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -70,7 +71,8 @@ def command_line(main):
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
         if hasattr(getattr(sys, stream), "reconfigure"):  # not a notebook's; encodings lack characters
             getattr(sys, stream).reconfigure(errors="backslashreplace")
-    before = {signum: signal.signal(signum, stop) for signum in SIGNALS}
+    main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
+    before = {signum: signal.signal(signum, stop) for signum in SIGNALS if main_thread}
     try:
         main()
         sys.stdout.flush()
@@ -103,7 +105,7 @@ def new_parser(doc):
     def error(message):
         hint = " (--help lists all options)"
         _, unknown, words = message.partition("unrecognized arguments: ")
-        wrong = next((word.split("=")[0] for word in words.split() if word.startswith("--")), None)
+        wrong = next((word.split("=")[0] for word in words.split() if word.startswith("-")), None)
         if wrong:
             options = [option for option in parser._option_string_actions if option.startswith("--")]
             nearest = difflib.get_close_matches(wrong, options, 1, 0.5)

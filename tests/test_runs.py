@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -271,6 +272,21 @@ def test_a_notebooks_streams_cannot_be_configured_and_its_signals_are_restored(m
             runs.command_line(main)
         assert status in (0, getattr(getattr(stop, "value", None), "code", 0)) and shown in stream.text
         assert [signal.getsignal(number) for number in runs.SIGNALS] == before
+
+
+def test_a_thread_that_cannot_handle_signals_runs_a_script():
+    done = []
+    thread = threading.Thread(target=runs.command_line, args=[lambda: done.append("main")])
+    thread.start()
+    thread.join()
+    assert done == ["main"]
+
+
+def test_an_option_with_one_dash_gets_the_nearest_one():
+    parser = runs.new_parser("")
+    parser.add_argument("--lr")
+    with pytest.raises(ValueError, match="unrecognized arguments: -lr 0.1: did you mean --lr?"):
+        parser.parse_args(["-lr", "0.1"])
 
 
 def test_a_signal_during_a_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
