@@ -83,10 +83,10 @@ add() { # NETWORK SCRIPT SETTINGS: one more command, if it was asked for and is 
   local network=$1 script=$2 own=("${@:3}") common=("${settings[@]}") label line sum
   if [ ! "$chosen" ] || ! { has "$arches" "$network" || has "$arches" all; }; then return; fi
   case $smoke$* in # --smoke leaves out what is slow; of its two networks, custom shows every value
-    yes*"--fraction 0.0"[012]* | yes*smoothing*"--epochs 30"* | yes*"resnet18 --aug "[racj]*) return ;;
+    yes*"--fraction 0.0"[012]* | yes*resnet18*smoothing* | yes*smoothing*" 30" | yes*"resnet18 --aug "[racj]*) return ;;
     yes*"resnet18 "*"--lr 0.0005" | yes*"resnet18 "*"--weight-decay 0.000"[02]*) return ;;
   esac
-  if [ "$smoke" ] && has "${own[*]}" --steps-per-epoch; then own+=(--batch-size 4); fi # 300 steps in seconds
+  if [ "$smoke" ] && has "${own[*]}" --steps-per-epoch; then own+=(--batch-size 2); fi # 300 steps in seconds
   if [ ! "$from_scratch" ] && has "$pretrained" "$network"; then own+=(--pretrained); fi
   if [ "$script" = fewshot.py ]; then common=(${smoke:+--episodes 5}); fi # its recipe is another
   label="$script ${own[*]}" label=${label% }
@@ -142,7 +142,7 @@ case " $given " in *" --seed"* | *" --data"* | *" --root"* | *" --out"* | *" --h
 esac
 if [ "$smoke" ]; then
   from_scratch=yes only=${only:-all} arch=${arch:-resnet18,custom} data=${data:-synthetic-small}
-  out=${out:-smoke} jobs=${jobs:-2} seeds=${seeds:-1} settings=(--epochs 1 --fraction 0.2 "${settings[@]}")
+  out=${out:-smoke} jobs=${jobs:-2} seeds=${seeds:-1} settings=(--epochs 1 --fraction 0.15 "${settings[@]}")
 fi
 [[ ${seeds:=1 2 3} =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail 2 "--seeds $seeds: write whole numbers, as in 1 2 3"
 [[ ${jobs:-1} =~ ^[1-9][0-9]*$ ]] || fail 2 "--jobs $jobs: write a whole number, at least 1"
