@@ -290,10 +290,12 @@ def place_runs(found, table):
     return groups
 
 
-def make_views(found, published):
-    """A View for each table and context that has results, those with the study's context first."""
+def make_views(found, published, only):
+    """A View for each table named in `only` and context that has results, those with the study's context first."""
     views, seen = [], set()
     for name, table in [*TABLES.items(), ("other", OTHER)]:
+        if name not in only:
+            continue
         runs = [run for run in found if (run.name not in seen if table is OTHER else run.named)]
         for context, group in sorted(place_runs(runs, table).items(), key=lambda item: len(item[0])):
             new = {place for place, (_, run) in group.items() if run.name not in seen}
@@ -663,7 +665,7 @@ def draw_figures(views, found, folder, with_samples):
         file, draw, _, size, title = FIGURES[view.name]
         context = heading(view.context)
         n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
-        title = f"{title}\n{context}; mean over seeds (bars: ± std), n = {n}"
+        title = f"{title}\n{context}; mean{'' if draw in (draw_confusion, draw_gate) else ' ± std'} over seeds, n = {n}"
         save(slug(file, context if count[view.name] > 1 else ""), size, title, draw, cells)
     if with_samples:
         dataset = samples_of(found[0])
@@ -698,13 +700,16 @@ def main():
     if not found:
         what = "no results in" if folder.is_dir() else "there is no folder"
         raise RuntimeError(f"{what} {folder}: run train.py or run_all.sh first")
-    views = make_views(found, {} if args.no_published else PUBLISHED)
-    views = [view for view in views if view.name in only]
+    views = make_views(found, {} if args.no_published else PUBLISHED, only)
+    printed = [view for view in views if view.shown]
+    if not printed and not views:
+        raise RuntimeError(f"--only {args.only}: no run in {folder} belongs there")
     try:
         if args.format == "csv":
-            print_rows(found)
+            names = {cell.run.name for view in printed for cell in view.cells if cell.run}
+            print_rows([run for run in found if run.name in names])
         else:
-            print_views([view for view in views if view.shown], args.format == "latex")
+            print_views(printed, args.format == "latex")
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

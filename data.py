@@ -99,7 +99,7 @@ def load(data="cinic10", root="data", fraction=1.0, classes=None):
         dataset = _load_folder(folder, root)
     else:
         raise ValueError(f"--data {data}: not a folder, and not one of {', '.join(NAMES)}")
-    if classes:
+    if classes is not None:
         dataset = _select_classes(dataset, classes)
     if fraction < 1:
         dataset = dataset._replace(train=_subset(dataset.train, fraction))
@@ -257,8 +257,8 @@ def _subset(split, fraction):
     asked = round(fraction * len(split.labels) / len(counts))
     per_class = max(1, min(asked, int(counts.min())))
     if per_class != asked:
-        taken = f"{per_class:,} images a class, not {asked:,}"
-        print(f"--fraction {fraction:g}: {taken}: one has {counts.min():,}")
+        why = f"one has {counts.min():,}" if asked > per_class else "the least"
+        print(f"--fraction {fraction:g}: {per_class:,} images a class, not {asked:,}: {why}")
     rows = (_place_in_class(split.labels) < per_class).nonzero()[:, 0]
     return Split(split.images[rows], split.labels[rows])
 
@@ -701,7 +701,7 @@ def describe(dataset):
     return "\n".join([
         f"{dataset.name}: {len(dataset.classes)} classes: {', '.join(dataset.classes)}",
         "images:  " + ", ".join(f"{split} {len(getattr(dataset, split).labels):,}" for split in SPLITS),
-        f"a class: train {int(counts.min()):,} to {int(counts.max()):,}",
+        f"per class: {counts.min():,} to {counts.max():,} training images",
         "mean:    " + ", ".join(f"{value:.4f}" for value in dataset.mean),
         "std:     " + ", ".join(f"{value:.4f}" for value in dataset.std),
         f"cache:   {dataset.cache or 'none, generated at every start'}",

@@ -108,10 +108,10 @@ def new_parser(doc):
         wrong = next((word.split("=")[0] for word in words.split() if word.startswith("-")), None)
         if wrong:
             options = [option for option in parser._option_string_actions if option.startswith("--")]
-            nearest = difflib.get_close_matches(wrong, options, 1, 0.5)
+            nearest = difflib.get_close_matches(wrong, options, 1, 0.6)
             hint = f": did you mean {nearest[0]}?" if nearest else hint
         elif unknown:
-            hint = ": several values are written as in --seed 1 2 3, --aug flip+crop, --classes cat,dog"
+            hint = ": values need an option, as in --data folder, --seed 1 2 3, --aug flip+crop"
         raise ValueError(message + hint)
 
     parser.error = error

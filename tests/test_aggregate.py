@@ -70,7 +70,7 @@ def whole(tmp_path_factory):
 
 
 def views(folder):
-    return aggregate.make_views(aggregate.read(folder), aggregate.PUBLISHED)
+    return aggregate.make_views(aggregate.read(folder), aggregate.PUBLISHED, [*aggregate.TABLES, "other"])
 
 
 def tables(text, title):

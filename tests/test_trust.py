@@ -452,9 +452,7 @@ def test_readmes_snippets_classify_an_image_and_train_from_a_notebook(tmp_path):
     notebook = notebook.replace('"--epochs", "1"', '"--epochs", "1", "--fraction", "0.01", "--root", "root"')
     Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
     code = f"import sys; sys.path.insert(0, {str(HOUSE)!r})\n{notebook}\nprint(results[1]['test'])\n"
-    code += classify.replace(
-        "results/custom-none/seed1.pt", "results/custom-none-synthetic-p0.01-epochs1/seed1.pt"
-    )
+    code += classify.replace("results/<run>/seed1.pt", "results/custom-none-synthetic-p0.01-epochs1/seed1.pt")
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
