@@ -645,7 +645,7 @@ def test_cifar10_comes_through_torchvision_and_500_per_class_are_held_out(server
 
 def test_script_describes_a_data_set(run):
     shown = run("data.py", "--data", "synthetic", "--classes", "animals").stdout
-    for part in ("6 classes: bird, cat", "train 1,200, valid 300, test 600", "a class: train 200 to 200"):
+    for part in ("6 classes: bird, cat", "train 1,200, valid 300, test 600", "per class: 200 to 200"):
         assert part in shown
 
 
