@@ -6,8 +6,8 @@
     python aggregate.py results --figures figures        # the figures too (needs matplotlib)
 
 A table is a line of `TABLES`, a view of the files RESULTS/<run>/seed<k>.json. Results of one data set, one
-fraction of it, one number of epochs and so on make one table. Cells are mean ± standard deviation (n - 1) over
-the seeds found. What no table shows stands in "Other runs".
+fraction of it, one number of epochs and so on make one table. Cells are mean ± standard deviation (n - 1)
+over the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
@@ -40,9 +40,10 @@ METRICS = ("accuracy", "recall", "precision", "f1", "loss")
 
 # The tables
 
-# title: None for what is only a figure. rows, columns: a setting of the runs, such as `lr`; for columns also a tuple
-# of metrics and PARTS, for rows of a mixture's parts; `step` for those of `steps`, with the settings that each fixes.
-# script: whose runs. fixed: their settings that are not the recipe's. ignore: settings that may have any value
+# title: None for what is only a figure. rows, columns: a setting of the runs, such as `lr`; for columns also
+# a tuple of metrics and PARTS, for rows of a mixture's parts; `step` for those of `steps`, with the settings
+# that each fixes. script: whose runs. fixed: their settings that are not the recipe's. ignore: settings that
+# may have any value
 FIELDS = "title rows columns script fixed steps ignore"
 Table = namedtuple("Table", FIELDS, defaults=("train", {}, {"": {}}, ()))
 # Settings that may differ by row, for what rows show, with the study's values if they are not the recipe's
@@ -104,8 +105,8 @@ OTHER = Table("Other runs", "run", METRICS)  # those that none of the tables sho
 
 
 def read_published(text):
-    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. A single seed
-    has no std, and `-` gives ()."""
+    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. A
+    single seed has no std, and `-` gives ()."""
     published = defaultdict(lambda: defaultdict(dict))
     for first, *words in map(str.split, text.strip().splitlines()):
         if first in TABLES:
@@ -116,8 +117,9 @@ def read_published(text):
     return published
 
 
-# N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the mixture:
-# one). Hybrid, learning rate and optimizer are from the report behind the slides. Tables keep this order.
+# N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the
+# mixture: one). Hybrid, learning rate and optimizer are from the report behind the slides. Tables keep this
+# order.
 PUBLISHED = read_published("""
 initial         accuracy      recall        precision     f1            loss
 resnet18        0.6775±0.0015 0.6775±0.0015 0.6763±0.0010 0.6752±0.0017 0.9602±0.0293
@@ -244,17 +246,17 @@ RECIPES["fewshot"] |= {"way": 5, "shot": 5}  # fewer on small data, by default
 
 # A table of one context, {setting: value}; shown: whether it is printed
 View = namedtuple("View", "name table context cells shown")
-# unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best, ≈ if
-# not significantly different; published: (mean, std), () or None
+# unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best,
+# ≈ if not significantly different; published: (mean, std), () or None
 Cell = namedtuple("Cell", "row column run unlike values mark published")
 # What is added to a network's name if --pretrained is unlike the study's
 STARTS = {None: "", True: ", pretrained", False: ", from scratch"}
 
 
 def belongs(run, table, step):
-    """None if a run does not belong to a table, at one of its steps: its settings have to be the recipe's, apart
-    from those that rows and columns show, those that the table fixes or ignores, and its context. Otherwise two
-    dictionaries of settings: its context, and what is unlike the study's run of its row."""
+    """None if a run does not belong to a table, at one of its steps: its settings have to be the recipe's,
+    apart from those that rows and columns show, those that the table fixes or ignores, and its context.
+    Otherwise two dictionaries of settings: its context, and what is unlike the study's run of its row."""
     if table is OTHER:
         tested_on = ("data", "fingerprint", "classes")
         return {k: run.settings[k] for k in tested_on if run.settings.get(k) != RECIPES["train"].get(k)}, {}
@@ -274,8 +276,8 @@ def belongs(run, table, step):
 
 
 def place_runs(found, table):
-    """{context: {(row, column): (what is unlike the study's run, run)}}. Of two runs for one place, the one nearer
-    to the study's."""
+    """{context: {(row, column): (what is unlike the study's run, run)}}. Of two runs for one place, the one
+    nearer to the study's."""
     groups = defaultdict(dict)
     for run, step in itertools.product(found, table.steps):
         if fits := belongs(run, table, step):
@@ -291,7 +293,7 @@ def place_runs(found, table):
 
 
 def make_views(found, published, only):
-    """A View for each table named in `only` and context that has results, those with the study's context first."""
+    """A View for each table in `only` and context that has results, those with the study's context first."""
     views, seen = [], set()
     for name, table in [*TABLES.items(), ("other", OTHER)]:
         if name not in only:
@@ -345,7 +347,7 @@ def values_of(run, row, column):
 
 
 def mark(table, place, values):
-    """`**` for the best of a row or column, as printed, `≈` for what is not significantly different from it."""
+    """`**` for the best of a row or column, as printed, `≈` for what is not clearly different."""
     axis, ours = 0 if isinstance(table.columns, str) else 1, values.get(place)
     rivals = [theirs for other, theirs in values.items() if theirs and other[axis] == place[axis]]
     if not ours or len(rivals) < 2 or (axis == 1 and table.rows == "fraction"):
@@ -364,7 +366,7 @@ def p_value(first, second):
     if a + b == 0:
         return float(distance == 0)
     freedom = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
-    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine: Gauss-Legendre integrates it
+    # With t = sqrt(freedom) tan(angle), Student's density is a power of a cosine. Gauss-Legendre quadrature
     angle = math.atan(distance / math.sqrt((a + b) * freedom))
     points, weights = np.polynomial.legendre.leggauss(100)
     inside = (np.cos(angle * (points + 1) / 2) ** (freedom - 1) * weights).sum() * angle / 2
@@ -413,7 +415,7 @@ def in_digits(mean, std=math.nan):
 
 
 def plain(text, latex):
-    """User's text and marks for LaTeX, with a minus sign before numbers, or without what GitHub takes for markup."""
+    """User's text and marks for LaTeX, with a minus before numbers, or without GitHub's markup."""
     text = " ".join(text.split())
     if not latex:
         return re.sub(r"([\\|<`$])", r"\\\1", text)
@@ -446,8 +448,8 @@ def print_views(views, latex):
 
 
 def written(view, usual):
-    """The rows of a printed table, header first: ours and, if available, the study's and the difference. usual: the
-    number of seeds that cells need not say."""
+    """The rows of a printed table, header first: ours and, if available, the study's and the difference.
+    usual: the number of seeds that cells need not say."""
     table, other = view.table, view.table is OTHER
     columns = dict.fromkeys(cell.column for cell in view.cells)
     corner = table.rows if table.rows in ("optimizer", "dropout", "fraction") else ""
@@ -491,7 +493,7 @@ def slug(*words):
 
 
 def print_rows(found):
-    """Print CSV with a row for each seed of each run: the settings in which runs differ, and the test metrics."""
+    """Print CSV, a row for each seed of each run: the settings in which runs differ, and the test metrics."""
     keys = dict.fromkeys(key for run in found for key in run.settings if key not in ("data", "fingerprint"))
     keys = [key for key in keys if len({run.settings.get(key) for run in found}) > 1]
     writer = csv.writer(sys.stdout, lineterminator="\n")
@@ -526,8 +528,8 @@ def draw_lines(figure, lines, xlabel, ylabel, style):
 
 
 def draw_epochs(figure, cells):
-    """Validation accuracy by epoch: a panel per row and a line per column, or one panel with a line per row; of a
-    single run also training and loss. Lines end in error bars, side by side."""
+    """Validation accuracy by epoch: a panel per row and a line per column, or one panel with a line per row;
+    of a single run also training and loss. Lines end in error bars, side by side."""
     series = {(cell.row, cell.column): (cell.run, "valid", "accuracy") for cell in cells}
     if all(cell.column == "accuracy" for cell in cells):
         series = {("", row): what for (row, _), what in series.items()}
@@ -623,7 +625,7 @@ FIGURES = {  # for a table: file name, function, row of the cell it draws (None:
 
 
 def drawn_cells(view):
-    """The cells that a figure shows: a row's accuracy, or all cells that have something to be compared with."""
+    """The cells that a figure shows: a row's accuracy, or all cells that can be compared with another."""
     cells, by_setting = [cell for cell in view.cells if cell.values], isinstance(view.table.columns, str)
     row = FIGURES[view.name][2]
     cells = [cell for cell in cells if by_setting or (cell.column == "accuracy" and row in (None, cell.row))]
@@ -649,7 +651,7 @@ def draw_figures(views, found, folder, with_samples):
         print(path, file=sys.stderr)
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Nothing depends on matplotlibrc, and no text is mathematics. Colours that colour-blind readers distinguish
+    # Nothing depends on matplotlibrc, and no text is mathematics. Colours for colour-blind readers
     style = {"text.parse_math": False, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
              "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
     matplotlib.style.use(["default", "tableau-colorblind10", style])
@@ -665,7 +667,8 @@ def draw_figures(views, found, folder, with_samples):
         file, draw, _, size, title = FIGURES[view.name]
         context = heading(view.context)
         n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
-        title = f"{title}\n{context}; mean{'' if draw in (draw_confusion, draw_gate) else ' ± std'} over seeds, n = {n}"
+        what = "mean" if draw in (draw_confusion, draw_gate) else "mean ± std"
+        title = f"{title}\n{context}; {what} over seeds, n = {n}"
         save(slug(file, context if count[view.name] > 1 else ""), size, title, draw, cells)
     if with_samples:
         dataset = samples_of(found[0])

@@ -171,9 +171,8 @@ def load(path):
     model = build(arch, len(classes), stem=stem)
     differing = theirs ^ {(key, value.shape) for key, value in model.state_dict().items()}
     if differing:
-        raise ValueError(
-            f"{path}: its layers differ from models.py, such as {min(differing)[0]}: train it again with --force"
-        )
+        example = min(differing)[0]
+        raise ValueError(f"{path}: its layers differ from models.py, such as {example}: train it again")
     model.load_state_dict(saved["state_dict"])
     model.classes, model.mean, model.std = classes, mean, std
     return model.eval()

@@ -39,8 +39,8 @@ KEPT = "finished work is kept; run the same command to continue"
 # The files that train every run, besides its own script
 CODE = ("augment.py", "data.py", "models.py", "runs.py", "train.py")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-# Arguments that are no part of what a run is. A dtype stands for `amp`; a fingerprint and class names for `data`
-# and `classes`, which can be spelled in several ways
+# Arguments that are no part of what a run is. A dtype stands for `amp`; a fingerprint and class names stand
+# for `data` and `classes`, which can be spelled in several ways
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "data", "classes")
 
 # In a run's name, settings that differ from their defaults appear in this order, as tag and value
@@ -119,7 +119,7 @@ def new_parser(doc):
 
 
 def number(kind, low, high=math.inf, including=()):
-    """An argparse type: a finite int or float between two bounds, and those of them that are in `including`."""
+    """An argparse type: a finite int or float between two bounds. including: bounds that are allowed too."""
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
@@ -155,8 +155,8 @@ def add_arguments(parser):
 def run_name(first, settings, defaults):
     """A run's folder name: `first`, such as its architecture, then each setting that is not its default.
 
-    settings, defaults: {name: value}; "data" is the data set's name. Raises LookupError for a setting that is in
-    neither TAGS nor NEUTRAL, since two different runs would share a folder.
+    settings, defaults: {name: value}; "data" is the data set's name. Raises LookupError for a setting that is
+    in neither TAGS nor NEUTRAL, since two different runs would share a folder.
     """
     parts, known = list(first), {*TAGS, *NEUTRAL, "arch", "aug"}
     for name in settings:
@@ -343,8 +343,8 @@ def identity(config, data):
 
 
 def differences(settings, others):
-    """The settings that differ, as `lr 0.002, not 0.001`. One that only one side has is ignored: an option that
-    came later has its default in both, since another value changes the run's name."""
+    """The settings that differ, as `lr 0.002, not 0.001`. One that only one side has is ignored: a newer
+    option has its default in both, since another value changes the run's name."""
     both = sorted(settings.keys() & others.keys())
     return [f"{key} {settings[key]}, not {others[key]}" for key in both if settings[key] != others[key]]
 
@@ -404,8 +404,8 @@ def environment(run):
 def run_seeds(args, name_run, load, train):
     """Run the seeds that have no result yet, in sequence. Returns the run's folder and {seed: result}.
 
-    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, its name, its selected
-    classes) the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
+    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, its name, its
+    `only`) the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
     """
     device = use_device(args.device)
     compute_dtype(args, device)  # raises before the data set is loaded

@@ -5,9 +5,9 @@
     python train.py --data path/to/folder --arch custom --seed 1 2 3
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
 
-Defaults reproduce the study's recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished runs
-are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network, models.ARCHITECTURES;
-an augmentation, augment.AUGMENTATIONS.
+Defaults reproduce the study's recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished
+runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network,
+models.ARCHITECTURES; an augmentation, augment.AUGMENTATIONS.
 """
 
 import functools
@@ -272,8 +272,8 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
 
 @torch.no_grad()
 def evaluate(run, model, batches, num_classes, mirrored=False):
-    """Totals of a model in eval mode over batches of (images, labels). mirrored: average the logits of each image
-    and its mirror image."""
+    """Totals of a model in eval mode over batches of (images, labels). mirrored: average the logits of each
+    image and its mirror image."""
     autocast, _ = mixed_precision(run)
     totals = Totals(num_classes, run.device)
     model.eval()
