@@ -214,7 +214,7 @@ def test_other_files_and_edited_networks_are_named(tmp_path):
         model = models.build("custom", 3)
         model.classifier[number] = layer
         content = saved({**SAVED, "arch": "custom", "state_dict": model.state_dict()})
-        cases.append((content, f": its layers differ from models.py.* classifier.{number}.bias$"))
+        cases.append((content, f": its layers differ from those of models.py.* classifier.{number}.bias$"))
     for content, message in cases:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"seed1.pt ?{message}"):
