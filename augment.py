@@ -1,4 +1,4 @@
-"""Random augmentation of image batches: separate parameters for every image, on any device.
+"""Random augmentation of image batches, with separate parameters for every image, on any device.
 
 torchvision's augmentations, a whole batch at a time. Needs only torch (AutoAugment reads its policy from
 torchvision): copy this file into your own project.
@@ -9,8 +9,8 @@ torchvision): copy this file into your own project.
     (stream,) = augment.parse("flip+crop")  # by name: a list of such functions
 
 Each augmentation has two halves: a pure function of images and per-image parameters (`rotate`), and a
-wrapper that draws them as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W), any N, H
-and W, contiguous or channels_last; results are new tensors of the same layout. Others raise TypeError.
+wrapper that draws the parameters as torchvision does (`random_rotation`). Images are uint8 (N, 3, H, W) of
+any size, contiguous or channels_last; results are new tensors of the same layout. Others raise TypeError.
 Keep parameters and their generator on the CPU: results are then the same on every device, up to rounding,
 and no device synchronization is needed. Parameters on another device work, but are copied to the CPU where
 float64 (MPS has none) or sorting is needed: affine maps, jitter, autoaugment.
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 
 def flip(images, flipped):
-    """Mirror left-right the images where flipped, bool (N,), is true."""
+    """Mirror left to right the images for which flipped, bool (N,), is true."""
     _check(images)
     return torch.where(_per_image(flipped, images), images.flip(-1), images)
 
@@ -53,7 +53,7 @@ def translate(images, x, y):
 
 def _matrices(images, degrees, shear_x, shear_y, x, y):
     """Affine maps from a pixel to its source, in grid_sample's units: float32 (..., 6), computed in float64
-    on the CPU, since MPS has none. Parameters are (...); all but one kind of them must be 0."""
+    on the CPU, since MPS has none. Parameters are (...); only one kind may differ from 0."""
     _check(images)
     height, width = images.shape[2:]
     degrees, shear_x, shear_y, x, y = (p.cpu().double() for p in (degrees, shear_x, shear_y, x, y))
@@ -67,7 +67,7 @@ def _matrices(images, degrees, shear_x, shear_y, x, y):
 def _affine(images, matrices):
     """Sample each pixel at the source that matrices, float (N, 6), give; nearest pixel, black outside.
 
-    The arithmetic follows torchvision's order of operations, which decides half of all rounding ties.
+    The arithmetic follows torchvision's order of operations, which decides how half of all ties are rounded.
     """
     height, width = images.shape[2:]
     base = torch.ones(3, height, width, device=images.device)
@@ -102,7 +102,7 @@ def crop(images, top, left, height, width):
 
 def _stretch(start, length, size):
     """The source of each pixel when [start, start + length) is stretched over an axis of `size`: float
-    (N, size) in grid_sample's units, from -1 to 1. No pixel outside that range contributes."""
+    (N, size) in grid_sample's units, from -1 to 1. No pixel outside the interval contributes."""
     centres = torch.arange(size, device=start.device) + 0.5
     start, length = start[:, None], length[:, None]
     source = (centres * (length / size)).clamp(min=0.5).minimum(length - 0.5) + start
@@ -127,13 +127,13 @@ def erase(images, top, left, height, width, fill):
 
 
 def brightness(images, factor):
-    """Scale by factor, float (N,): 0 is black, 1 the image itself."""
+    """Scale by factor, float (N,): 0 is black, 1 leaves it unchanged."""
     _check(images)
     return _blend(images, 0, factor)
 
 
 def contrast(images, factor):
-    """Scale the difference from the mean of the grey image by factor, float (N,): 0 is plain grey."""
+    """Scale the difference from the mean of the grey image by factor, float (N,): 0 is uniform grey."""
     _check(images)
     return _blend(images, _grey(images).mean((2, 3), keepdim=True), factor)
 
@@ -145,8 +145,8 @@ def saturation(images, factor):
 
 
 def sharpness(images, factor):
-    """Scale the difference from the image smoothed by a 3x3 kernel by factor, float (N,): 0 is smooth. The
-    border is unchanged."""
+    """Scale the difference from a smoothed copy (3x3 kernel) by factor, float (N,): 0 is smooth. The border
+    is unchanged."""
     _check(images)
     if min(images.shape[2:]) <= 2:
         return images.clone()
@@ -170,13 +170,13 @@ def _grey(images):
 
 
 def hue(images, shift):
-    """Shift the hue by shift, float (N,), in turns of the colour circle, in HSV (Smith, 1978)."""
+    """Shift the hue in HSV (Smith, 1978) by shift, float (N,), a fraction of the colour circle."""
     _check(images)
     red, green, blue = images.float().unbind(1)
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
     # Sixths of the circle: 0 is red, 2 green, 4 blue. Masks use arithmetic, since comparisons and `where`
-    # take a CPU several times as long: values are integers, so only the largest is less than 1 below value.
+    # take several times as long on a CPU. Values are integers: only the largest is less than 1 below value.
     not_red = (value - red).clamp_(max=1)
     is_green = (1 - (value - green).clamp_(max=1)).mul_(not_red)
     is_blue = not_red - is_green
@@ -205,7 +205,7 @@ def jitter(images, order, factors):
 
 
 def posterize(images, bits):
-    """Keep only the upper bits, (N,) in 0..8, of every value."""
+    """Keep only the upper bits of every value; bits: how many, (N,) in 0..8."""
     _check(images)
     mask = 256 - 2 ** (8 - _per_image(bits.int(), images))
     return images & mask.to(torch.uint8)
@@ -284,7 +284,7 @@ def autoaugment(images, operations, magnitudes):
 def _in_rounds(images, operations, parameters, functions):
     """Pass each image through one of functions in each of R rounds. operations: int64 (N, R), indices into
     functions, -1 for none; parameters: float (N, R, ...), for that function; both on the CPU. Each round
-    sorts the images by operation: writing each group to scattered rows takes a CPU ten times as long."""
+    sorts the images by operation: writing groups to scattered rows takes ten times as long on a CPU."""
     counts = [torch.bincount(column + 1, minlength=len(functions) + 1).tolist() for column in operations.T]
     order = operations.argsort(0)  # (N, R), per round: the images sorted by operation
     position = order.argsort(0)  # (N, R), per round: each image's position in that order
@@ -319,8 +319,8 @@ def _per_image(parameter, images):
 
 
 def _in_blocks(function, images, *parameters):
-    """function(images, *parameters) as uint8; on a CPU in blocks that fit its cache: half the time of a crop
-    or rotation, which is 2 % of an epoch of the custom network on hybrid."""
+    """function(images, *parameters) as uint8; on a CPU in blocks that fit its cache, which halves the time of
+    a crop or rotation and saves 2 % of an epoch of the custom network on hybrid."""
     size = 128 if images.device.type == "cpu" else max(len(images), 1)
     out = torch.empty_like(images)
     for block, *given in zip(*(tensor.split(size) for tensor in (out, images, *parameters)), strict=True):
@@ -405,9 +405,9 @@ def draw_cutout(count, height, width, generator, p=0.5, scale=(0.02, 0.2), ratio
 
 
 def random_cutout(images, generator, p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3), fill=(0, 0, 0)):
-    """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. The
-    data's mean colour equals RandomErasing(value=0) after normalisation. Cutout: DeVries and Taylor, 2017,
-    arXiv:1708.04552."""
+    """torchvision's RandomErasing(p, scale, ratio), filled with one colour: three values in 0..255. With
+    the data's mean colour it equals RandomErasing(value=0) after normalisation. Cutout: DeVries and Taylor,
+    2017, arXiv:1708.04552."""
     _check(images)
     boxes = draw_cutout(len(images), *images.shape[2:], generator, p, scale, ratio)
     # torch.tensor(fill, device=...) would synchronize with the device
@@ -455,7 +455,7 @@ def draw_autoaugment(count, height, width, generator):
 
 
 def random_autoaugment(images, generator):
-    """torchvision's AutoAugment(AutoAugmentPolicy.CIFAR10), also with nearest pixels and black outside."""
+    """torchvision's AutoAugment(AutoAugmentPolicy.CIFAR10): nearest pixel, black outside."""
     _check(images)
     return autoaugment(images, *draw_autoaugment(len(images), *images.shape[2:], generator))
 
@@ -492,7 +492,7 @@ def parse(name, mean=(0.0, 0.0, 0.0)):
     if unknown or len(set(parts) & AUGMENTATIONS.keys()) < len(parts):  # none, hybrid, a blank, a repetition
         wrong = f"unknown augmentation {unknown[0]!r}" if unknown else f"augmentation {name!r}"
         raise ValueError(
-            f"{wrong}: choose none or hybrid, which stand alone, or different ones of "
+            f"{wrong}: choose none or hybrid, each alone, or different ones of "
             f"{', '.join(AUGMENTATIONS)}, joined by +"
         )
     fill = tuple(round(255 * value) for value in mean)

@@ -4,9 +4,9 @@
     python fewshot.py --data synthetic --fraction 0.1 --episodes 300
 
 An episode draws `way` classes. The prototype of each is the mean embedding of `shot` support images; `query`
-other images, flipped and autoaugmented, are classified by their distance to the prototypes. For the test, all
-images of the fraction are embedded, k-means splits each class into sub-prototypes, and every test image gets
-the class of the nearest one. Beyond the study, train.py with a schedule is more accurate on the same images:
+other images, augmented with flip and autoaugment, are classified by their distance to the prototypes. For the
+test, all images of the fraction are embedded, k-means finds three prototypes per class, and every test image
+gets the class of the nearest. Beyond the study, train.py with a schedule is more accurate on the same images:
 
     python train.py --fraction 0.01 --aug flip+translate+autoaugment --schedule onecycle \\
         --batch-size 32 --steps-per-epoch 300
@@ -22,11 +22,11 @@ import models
 import runs
 import train
 
-# Query images per class in an episode, for the study's fractions; others use the next smaller one's
+# Query images per class in an episode, for the study's fractions; others use that of the next smaller one
 QUERIES = {0.001: 2, 0.002: 5, 0.005: 5, 0.01: 10, 0.02: 10, 0.05: 15, 0.1: 20}
 EPOCH = 100  # episodes drawn and augmented together: one epoch in the history
 VALIDATION_EPISODES = 600
-SUB_PROTOTYPES = 3  # per class, for the test
+PROTOTYPES = 3  # per class, for the test
 KMEANS_STEPS = 300  # at most, per start
 BATCH = 256  # embeddings classified at a time
 
@@ -38,9 +38,9 @@ def recipe(fraction):
 
 
 def load(args, device):
-    """The data set. Puts way, shot and query into args where they are None: the recipe's or, for few classes,
-    fewer ways and, for few images, fewer queries, down to two, then fewer shots, then one query. Raises
-    ValueError if there are too few classes or images."""
+    """The data set. Sets way, shot and query in args where they are None: to the recipe's or, with few
+    classes, fewer ways and, with few images, fewer queries, down to two, then fewer shots, then one query.
+    Raises ValueError if there are too few classes or images."""
     dataset = train.load(args, device)
     splits, number = ("train", "valid"), len(dataset.classes)
     sizes = torch.stack([torch.bincount(getattr(dataset, name).labels.cpu()) for name in splits])
@@ -57,14 +57,14 @@ def load(args, device):
     if way > number or shot + query > fewest:
         raise ValueError(f"{found}: too few for {options}: ask for less, or raise --fraction")
     if [way, shot, query] != list(wanted.values()):
-        print(f"{found}: episodes have {options}")
+        print(f"{found}: episodes use {options}")
     args.way, args.shot, args.query = way, shot, query
     return dataset
 
 
 def episode_rows(labels, count, way, shot, query, generator):
-    """The support's image rows, int64 (count, way * shot), and the queries', int64 (count, way * query), of
-    `count` episodes, by class. No episode repeats an image or a class. labels: int64 (N,), on the CPU."""
+    """Rows of the support images, int64 (count, way * shot), and query images, int64 (count, way * query), of
+    `count` episodes, by class. No image or class recurs in an episode. labels: int64 (N,), on the CPU."""
     sizes = torch.bincount(labels)
     rows = torch.full((len(sizes), int(sizes.max())), -1)
     for label, size in enumerate(sizes.tolist()):
@@ -77,10 +77,10 @@ def episode_rows(labels, count, way, shot, query, generator):
 
 
 class Prototypes(torch.nn.Module):
-    """An embedding network with logits from the distances to prototypes, as one network over an episode.
+    """A network that classifies an episode: an embedding, and logits from the distances to prototypes.
 
     images: float (way * (shot + query), 3, H, W), the support images first, both sorted by class. Returns
-    minus the squared distance of each query to each prototype, float (way * query, way).
+    the negative squared distance of each query to each prototype, float (way * query, way).
     """
 
     def __init__(self, embedding, way, shot):
@@ -111,7 +111,7 @@ def episodes(run, count, generator, stream):
 
 def kmeans(points, clusters, generator, starts=10):
     """Centres, float (k, D), of k = min(clusters, N) clusters of points, float (N, D), and their inertia: the
-    best of ten k-means++ starts (Arthur and Vassilvitskii, 2007), each with up to KMEANS_STEPS of Lloyd."""
+    best of ten k-means++ starts (Arthur and Vassilvitskii, 2007), each with up to KMEANS_STEPS of Lloyd's."""
     clusters, best = min(clusters, len(points)), (None, torch.inf)
     for _ in range(starts):
         centres = points[torch.randint(len(points), (1,), generator=generator).to(points.device)]
@@ -144,7 +144,7 @@ def embed(run, model, split):
 
 
 def classify(embeddings, labels, points, owners, num_classes):
-    """Totals if each embedding gets its nearest point's class. points: float (P, D); owners: int64 (P,)."""
+    """Totals if embeddings get the class of their nearest point. points: float (P, D); owners: int64 (P,)."""
     totals = train.Totals(num_classes, embeddings.device)
     for part, true in zip(embeddings.split(BATCH), labels.split(BATCH), strict=True):
         distances = torch.cdist(part, points).square()
@@ -175,13 +175,13 @@ def train_embedding(run):
 
 
 def test(run, model):
-    """Test metrics with three sub-prototypes per class, with one, and with the nearest training image."""
+    """Test metrics with three prototypes per class, with one, and with the nearest training image."""
     dataset, num_classes = run.dataset, len(run.dataset.classes)
     points, tests = embed(run, model, dataset.train), embed(run, model, dataset.test)
     labels, truth = (split.labels.to(run.device) for split in (dataset.train, dataset.test))
     generator = torch.Generator().manual_seed(data.seed_from(run.seed, "kmeans"))
     totals = {}
-    for name, clusters in (("test", SUB_PROTOTYPES), ("one_prototype", 1)):
+    for name, clusters in (("test", PROTOTYPES), ("one_prototype", 1)):
         centres = [kmeans(points[labels == label], clusters, generator)[0] for label in range(num_classes)]
         owners = torch.repeat_interleave(torch.tensor([len(c) for c in centres])).to(run.device)
         totals[name] = classify(tests, truth, torch.cat(centres), owners, num_classes)
@@ -210,7 +210,7 @@ def show(outcome):
     valid = outcome["episodes"]
     accuracy = f"accuracy {valid['accuracy']:.4f} ± {valid['confidence95']:.4f} (95 %)"
     print(f"\n{valid['count']} validation episodes: {accuracy}")
-    names = {"test": f"{SUB_PROTOTYPES} sub-prototypes per class", "one_prototype": "1 prototype per class"}
+    names = {"test": f"{PROTOTYPES} prototypes per class", "one_prototype": "1 prototype per class"}
     names["nearest_image"] = "nearest training image"
     rows = [[name, *(f"{outcome[key][m]:.4f}" for m in train.METRICS)] for key, name in names.items()]
     print(tabulate(rows, ["test split", *train.METRICS], disable_numparse=True))
@@ -220,11 +220,11 @@ def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
     add, count = parser.add_argument_group("episodes").add_argument, runs.number(int, 0)
-    queries, small = ", ".join(f"{q} at {p}" for p, q in QUERIES.items()), "fewer on small data"
-    add("--way", type=runs.number(int, 1), help=f"classes (default: 5, {small})")
+    queries, small = ", ".join(f"{q} at {p}" for p, q in QUERIES.items()), "fewer on small data sets"
+    add("--way", type=runs.number(int, 1), help=f"classes per episode (default: 5, {small})")
     add("--shot", type=count, help=f"support images per class (default: 5, {small})")
     add("--query", type=count, help=f"query images per class (default: {queries}, {small})")
-    add("--episodes", type=count, default=3000, help="(default: %(default)s)")
+    add("--episodes", type=count, default=3000, help="training episodes (default: %(default)s)")
     train.add_training_arguments(parser)
     runs.add_arguments(parser)
     parser.set_defaults(fraction=0.01)
@@ -238,7 +238,7 @@ def parse_arguments(argv=None):
 
 
 def run_name(args, data, only=None):
-    """The folder name of a run. data: the data set's name; only: its `only`."""
+    """The folder name of a run. data: the data set's name; only: its selected classes, None if all."""
     sizes = recipe(args.fraction)
     settings = {**vars(args), "data": data, "classes": only}
     settings |= {name: settings[name] or size for name, size in sizes.items()}  # None: not chosen yet

@@ -53,9 +53,9 @@ class CustomCNN(nn.Module):
 
 
 class Convolution(nn.Conv2d):
-    """nn.Conv2d; on a CPU, 1x1 kernels and 1x1 maps become a matrix product, or a product if depthwise. Equal
-    up to rounding. PyTorch's own backward pass takes several times as long: over a quarter of a training step
-    of resnet18, densenet121 and efficientnet_b0."""
+    """nn.Conv2d; on a CPU, 1x1 kernels and 1x1 maps become a matrix product, or an element-wise product if
+    depthwise; equal up to rounding. PyTorch's own backward pass takes several times as long: over a quarter
+    of a training step of resnet18, densenet121 and efficientnet_b0."""
 
     def forward(self, images):
         size, stride = self.kernel_size[0], self.stride[0]
@@ -73,7 +73,7 @@ class Architecture(NamedTuple):
     """A torchvision network, and the names of the submodules that build replaces."""
 
     name: str  # torchvision's
-    head: str  # its first linear layer has the feature count
+    head: str  # its first linear layer gives the feature count
     stem: str  # the first convolution
     pool: str = ""  # the max-pool after it, if there is one
 
@@ -94,7 +94,7 @@ def check(arch, dropout=0.0, pretrained=False, stem="imagenet"):
         raise ValueError(f"unknown architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
     if isinstance(ARCHITECTURES[arch], Architecture):
         if dropout:
-            raise ValueError(f"--dropout: {arch} has no dropout setting, custom has")
+            raise ValueError(f"--dropout: {arch} has no dropout setting; custom has one")
         if pretrained and stem == "small":
             raise ValueError("--pretrained: the weights are for the ImageNet stem; omit --stem")
     elif pretrained or stem != "imagenet":
@@ -106,9 +106,9 @@ def build(arch, num_classes=10, dropout=0.0, pretrained=False, stem="imagenet"):
 
     torchvision's networks get the head Linear(features, 256), ReLU, Linear(256, num_classes); nothing is
     frozen. pretrained: start from torchvision's ImageNet weights IMAGENET1K_V1 (resnet18 and efficientnet_b0
-    did in the study). stem: `imagenet`, unchanged, or `small`, for 32x32 images: a first 3x3 convolution of
-    stride 1, without max-pool (He et al., 2016, section 4.2). Raises ValueError for an option that the
-    architecture does not support, RuntimeError if weights cannot be fetched or read."""
+    did in the study). stem: `imagenet`, unchanged, or `small`, for 32x32 images: a first 3x3 convolution with
+    stride 1, and no max-pool (He et al., 2016, section 4.2). Raises ValueError for an option that the
+    architecture does not support, RuntimeError if weights cannot be downloaded or read."""
     check(arch, dropout, pretrained, stem)
     entry = ARCHITECTURES[arch]
     if not isinstance(entry, Architecture):
@@ -146,12 +146,12 @@ def _from_torchvision(name, pretrained):
     except Exception as error:  # a damaged file can raise nearly anything
         url = models.get_model_weights(name)["IMAGENET1K_V1"].url
         path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-        if os.path.exists(path):  # torch.hub keeps no download that fails
+        if os.path.exists(path):  # torch.hub does not keep a failed download
             raise RuntimeError(f"{path} is damaged, or not the weights of {name}: remove it") from error
         print(flush=True)  # torch.hub does not end its line
         raise RuntimeError(
-            f"the ImageNet weights of {name} cannot be fetched ({error}): connect to the network, put {url} "
-            "into $TORCH_HOME/hub/checkpoints (~/.cache/torch by default), or train without --pretrained"
+            f"the ImageNet weights of {name} cannot be downloaded ({error}): connect to the network, put "
+            f"{url} into $TORCH_HOME/hub/checkpoints (~/.cache/torch by default), or omit --pretrained"
         ) from error
 
 
@@ -172,7 +172,7 @@ def load(path):
     differing = theirs ^ {(key, value.shape) for key, value in model.state_dict().items()}
     if differing:
         example = min(differing)[0]
-        raise ValueError(f"{path}: its layers differ from models.py, such as {example}: train it again")
+        raise ValueError(f"{path}: its layers differ from those of models.py, at {example}: train it again")
     model.load_state_dict(saved["state_dict"])
     model.classes, model.mean, model.std = classes, mean, std
     return model.eval()
@@ -236,7 +236,7 @@ class MixtureOfExperts(nn.Module):
     """A gating network that mixes the features of several frozen experts.
 
     features: float (N, experts, 4096), each expert's flattened trunk output, or (N, experts, width), already
-    adapted. Returns logits, float (N, num_classes). Unless train_adapters, the adapters keep their random
+    adapted. Returns logits, float (N, num_classes). Without train_adapters, the adapters keep their random
     initialization, as in the authors' code."""
 
     def __init__(self, experts=3, num_classes=10, train_adapters=False, width=1280):
@@ -258,7 +258,7 @@ class MixtureOfExperts(nn.Module):
         return torch.stack([adapter(features[:, i]) for i, adapter in enumerate(self.adapters)], dim=1)
 
     def weigh(self, adapted):
-        """The gate's weights, float (N, experts), which sum to 1."""
+        """The gating network's weights, float (N, experts), which sum to 1."""
         return self.gate(adapted.mean(1))
 
     def forward(self, features):

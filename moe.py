@@ -4,9 +4,9 @@
     python moe.py --data path/to/folder --experts cat,dog bird,frog,horse --fraction 0.25 --epochs 3
     python moe.py --experts vehicles animals --train-adapters --adapter-width 512    # as large as three bases
 
-The experts are custom networks with hybrid augmentation and dropout 0.2, the study's best, and the mixture's
-other settings: one trained on all classes (the base), one on each group of --experts; two more bases with
-other seeds for comparison. Those that `train.py` left in --out are reused, the others trained first.
+The experts are custom networks with hybrid augmentation and dropout 0.2, the study's best, and otherwise the
+mixture's settings: one trained on all classes (the base), one on each group of --experts. Two more bases with
+other seeds are for comparison. Those that train.py left in --out are reused; the others are trained first.
 """
 
 import torch
@@ -18,9 +18,9 @@ import models
 import runs
 import train
 
-EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the study leaves the experts' recipe open: this is its best
-EXPERTS = ["airplane,automobile,ship,truck", "cat,deer,dog,horse"]  # vehicles, and animals that get confused
-ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmaxes are averaged for comparison
+EXPERT = {"aug": "hybrid", "dropout": 0.2}  # the study leaves the experts' settings open: these are its best
+EXPERTS = ["airplane,automobile,ship,truck", "cat,deer,dog,horse"]  # vehicles, easily confused animals
+ENSEMBLE = (1, 2, 3)  # seeds of the base networks whose softmax outputs are averaged, for comparison
 ROWS = {  # keys of a result file, and their labels in tables
     "test": "mixture",
     "base": "base network",
@@ -36,8 +36,8 @@ def group_name(group):
 
 
 def expert(args, seed, group=None):
-    """A frozen custom network in eval mode, of a group of classes or, if None, of all, with the settings that
-    train.py and args have in common. It is trained now if its result is missing."""
+    """A frozen custom network in eval mode, for a group of classes or, if None, for all, with the settings
+    that train.py and args have in common. It is trained first if its result is missing."""
     settings = train.make_parser().parse_args([])
     shared = {name: value for name, value in vars(args).items() if name in settings}
     vars(settings).update(shared, **EXPERT, seed=[seed], classes=group, force=False)
@@ -47,9 +47,9 @@ def expert(args, seed, group=None):
 
 @torch.no_grad()
 def features(run, networks, model, split):
-    """A Split of the experts' features of every image, (N, experts, width), or (N, experts, 4096) to train
-    adapters, in the compute dtype, on the device if it fits. Computed once: the experts are frozen, and the
-    gating network is trained on images without augmentation."""
+    """A Split of the experts' features of every image, (N, experts, width), or (N, experts, 4096) if
+    adapters are trained, in the compute dtype, on the device if it fits. Computed once: the experts are
+    frozen, and the gating network is trained on images without augmentation."""
     autocast, _ = train.mixed_precision(run)
     width = 4096 if run.args.train_adapters else run.args.adapter_width
     seen, start = torch.empty(len(split.labels), len(networks), width, dtype=run.dtype), 0
@@ -70,7 +70,7 @@ def feature_batches(split, device, batch_size=256, seed=None, epoch=0):
 
 
 def train_gate(run):
-    """Train gating network, classifier and, if asked, adapters. Returns weights and part of the result."""
+    """Train gating network, classifier and, if asked to, adapters. Returns weights and part of the result."""
     args, dataset, device, classes = run.args, run.dataset, run.device, len(run.dataset.classes)
     networks = [expert(args, run.seed, group) for group in (None, *args.experts)]
     bases = [networks[0] if seed == run.seed else expert(args, seed) for seed in ENSEMBLE]
@@ -109,7 +109,7 @@ def gate_by_class(model, batches, classes):
 
 @torch.no_grad()
 def average(run, networks):
-    """Test totals of the networks' mean softmax."""
+    """Totals on the test split, for the mean of the networks' softmax outputs."""
     autocast, _ = train.mixed_precision(run)
     totals = train.Totals(len(run.dataset.classes), run.device)
     for images, labels in train.evaluation_batches(run, run.dataset.test):
@@ -131,15 +131,15 @@ def show(run, outcome):
 
 
 def load(args, device):
-    """The data set; puts --experts into one spelling. Raises ValueError for a class that it lacks, and for a
-    group of a single class, of all classes, or given twice."""
+    """The data set; writes --experts in one spelling. Raises ValueError for a class that the data set lacks,
+    and for a group that has one class, has all classes, or is given twice."""
     dataset = train.load(args, device)
     option = "--experts" if args.experts != EXPERTS else "give --experts instead of the default"
     groups = [data.pick(dataset, option, group) for group in args.experts]
     args.experts = [data.spec(names) for names in groups]
     unusable = {1, len(dataset.classes)} & {len(names) for names in groups}
     if unusable or len(set(args.experts)) < len(groups):
-        rule = "each group has two classes or more, but not all, and is given once"
+        rule = "give each group once, with two classes or more, but not all"
         raise ValueError(f"--experts {' '.join(args.experts)}: {rule}")
     return dataset
 
@@ -149,13 +149,13 @@ def make_parser():
     data.add_arguments(parser, classes=False)
     add = parser.add_argument_group("mixture").add_argument
     add("--experts", nargs="+", default=EXPERTS, metavar="CLASSES",
-        help="classes of each expert beside the base: vehicles, animals, or names such as cat,dog (default: "
-        "vehicles cat,deer,dog,horse; these animals get confused)")  # fmt: skip
+        help="classes of each expert besides the base: vehicles, animals, or names such as cat,dog (default: "
+        "vehicles cat,deer,dog,horse; these animals are easily confused)")  # fmt: skip
     add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
         help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
     add("--train-adapters", action="store_true", help="train the layers between experts and gating network; "
         "by default they keep their random initialization, as in the authors' code. On CINIC-10 the features "
-        "take 7 GB of memory in bf16 or fp16, 13 GB in float32")  # fmt: skip
+        "then take 7 GB of memory in bf16 or fp16, 13 GB in float32")  # fmt: skip
     train.add_epoch_arguments(parser)
     train.add_training_arguments(parser)
     runs.add_arguments(parser)
@@ -171,7 +171,7 @@ def parse_arguments(argv=None):
 
 
 def run_name(args, data, only=None):
-    """The folder name of a run. data: the data set's name; only: its `only`."""
+    """The folder name of a run. data: the data set's name; only: its selected classes, None if all."""
     settings = {**vars(args), "data": data, "classes": only}
     return runs.run_name(("moe",), settings, vars(make_parser().parse_args([])))
 

@@ -39,8 +39,8 @@ KEPT = "finished work is kept; run the same command to continue"
 # The files that train every run, besides its own script
 CODE = ("augment.py", "data.py", "models.py", "runs.py", "train.py")
 SLOW_IN_BF16 = ("efficientnet_b0",)  # on a CPU: depthwise convolutions run at half the speed of float32
-# Arguments that are no part of what a run is. A dtype stands for `amp`; a fingerprint and class names stand
-# for `data` and `classes`, which can be spelled in several ways
+# Arguments that do not identify a run. The dtype stands for `amp`; the fingerprint and class names stand for
+# `data` and `classes`, which can be written in several ways
 NEUTRAL = ("seed", "out", "root", "force", "checkpoint_every", "graph", "device", "amp", "data", "classes")
 
 # In a run's name, settings that differ from their defaults appear in this order, as tag and value
@@ -69,8 +69,8 @@ def command_line(main):
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by the caller
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
-        if hasattr(getattr(sys, stream), "reconfigure"):  # not a notebook's; encodings lack characters
-            getattr(sys, stream).reconfigure(errors="backslashreplace")
+        if hasattr(getattr(sys, stream), "reconfigure"):  # a notebook's streams lack it
+            getattr(sys, stream).reconfigure(errors="backslashreplace")  # for characters an encoding lacks
     main_thread = threading.current_thread() is threading.main_thread()  # no other may handle signals
     before = {signum: signal.signal(signum, stop) for signum in SIGNALS if main_thread}
     try:
@@ -111,7 +111,7 @@ def new_parser(doc):
             nearest = difflib.get_close_matches(wrong, options, 1, 0.6)
             hint = f": did you mean {nearest[0]}?" if nearest else hint
         elif unknown:
-            hint = ": values need an option, as in --data folder, --seed 1 2 3, --aug flip+crop"
+            hint = ": write values as in --data folder, --seed 1 2 3, --aug flip+crop, --classes cat,dog"
         raise ValueError(message + hint)
 
     parser.error = error
@@ -119,7 +119,7 @@ def new_parser(doc):
 
 
 def number(kind, low, high=math.inf, including=()):
-    """An argparse type: a finite int or float between two bounds. including: bounds that are allowed too."""
+    """An argparse type: a finite int or float strictly between two bounds, or equal to one in `including`."""
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
@@ -129,14 +129,14 @@ def number(kind, low, high=math.inf, including=()):
         what = "an integer" if kind is int else "a number"
         bounds = f"{'at least' if low in including else 'above'} {low}"
         bounds += f" and {'up to' if high in including else 'below'} {high}" if high < math.inf else ""
-        hint = ": several are written 1 2 3" if re.fullmatch(r"\d+([-,;:]\d+)+", text) else ""
+        hint = ": write several as 1 2 3" if re.fullmatch(r"\d+([-,;:]\d+)+", text) else ""
         raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}{hint}")
 
     return parse
 
 
 def add_arguments(parser):
-    """The arguments that every run has."""
+    """The arguments common to all runs."""
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--seed", type=number(int, 0, 2**31, (0,)), nargs="+", default=[1], metavar="K",
@@ -148,12 +148,12 @@ def add_arguments(parser):
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
     add("--out", type=os.path.expanduser, default="results", help="folder for results (default: %(default)s)")
     add("--checkpoint-every", type=number(float, 0, including=(0,)), default=20.0, metavar="S",
-        help="minimum seconds between checkpoints, saved after an epoch (default: %(default)g)")  # fmt: skip
+        help="minimum seconds between checkpoints, which follow an epoch (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="run again even if a result exists")
 
 
 def run_name(first, settings, defaults):
-    """A run's folder name: `first`, such as its architecture, then each setting that is not its default.
+    """A run's folder name: `first`, such as its architecture, then settings that differ from their defaults.
 
     settings, defaults: {name: value}; "data" is the data set's name. Raises LookupError for a setting that is
     in neither TAGS nor NEUTRAL, since two different runs would share a folder.
@@ -227,7 +227,7 @@ def exclusive(path):
     """Admit one process at a time; others wait until it leaves the block or dies. path: the lock file. If the
     file system has no locks, work may be done twice, but nothing is damaged: files are written atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as lock:  # never removed: somebody may be waiting for it
+    with open(path, "a") as lock:  # never removed: a process may be waiting for it
         if fcntl:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -295,10 +295,8 @@ class Run:
         self.saved = time.monotonic()
         data = {"fingerprint": dataset.fingerprint, "classes": list(dataset.classes)}
         self.settings = identity({**vars(args), "seed": seed}, data)
-        self.settings |= {
-            "device": device.type,
-            "dtype": str(self.dtype),
-        }  # compared with a checkpoint's only
+        # Compared only with a checkpoint's
+        self.settings |= {"device": device.type, "dtype": str(self.dtype)}
 
     def save(self, stateful, history):
         """Save a checkpoint, unless the last is less than args.checkpoint_every seconds old.
@@ -337,21 +335,21 @@ class Run:
 
 
 def identity(config, data):
-    """What makes a run this run: its settings and seed, and the images and classes of its data set."""
+    """What identifies a run: its settings and seed, and the images and classes of its data set."""
     settings = {key: value for key, value in config.items() if key not in NEUTRAL}
     return settings | {key: data[key] for key in ("fingerprint", "classes")} | {"seed": config["seed"]}
 
 
 def differences(settings, others):
-    """The settings that differ, as `lr 0.002, not 0.001`. One that only one side has is ignored: a newer
-    option has its default in both, since another value changes the run's name."""
+    """The settings that differ, as `lr 0.002, not 0.001`. A setting that only one side has is ignored: a
+    newer option has its default in both, since any other value changes the run's name."""
     both = sorted(settings.keys() & others.keys())
     return [f"{key} {settings[key]}, not {others[key]}" for key in both if settings[key] != others[key]]
 
 
 def finished(path, settings):
     """The result at `path`, or None. A damaged one is reported and ignored. settings: from `identity`. Raises
-    RuntimeError for a result with other settings, which is never replaced."""
+    RuntimeError for a result with different settings, which is never replaced."""
     if not path.exists():
         return None
     try:
@@ -363,7 +361,7 @@ def finished(path, settings):
         print(f"{path} is damaged or not a result file: running again")
         return None
     if changed := differences(settings, theirs):
-        raise RuntimeError(f"{path} has other settings (now {'; '.join(changed)}): --force replaces it")
+        raise RuntimeError(f"{path} has different settings (now {'; '.join(changed)}): --force replaces it")
     return result
 
 
@@ -371,7 +369,7 @@ def code_hash(script):
     """8 hexadecimal digits of the SHA-256 of the files that train every run, and of the script."""
     digest = hashlib.sha256()
     for path in [Path(__file__).with_name(name) for name in CODE] + [Path(script)]:
-        digest.update(path.read_bytes() if path.is_file() else b"")  # a notebook's cell is no file
+        digest.update(path.read_bytes() if path.is_file() else b"")  # a notebook's cell is not a file
     return digest.hexdigest()[:8]
 
 
@@ -404,8 +402,8 @@ def environment(run):
 def run_seeds(args, name_run, load, train):
     """Run the seeds that have no result yet, in sequence. Returns the run's folder and {seed: result}.
 
-    load(args, device) returns the data set, and may adapt arguments to it; name_run(args, its name, its
-    `only`) the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
+    load(args, device) returns the data set, and may adapt args to it; name_run(args, its name, its selected
+    classes) returns the folder's name; train(run) the contents of seed<k>.pt and part of seed<k>.json.
     """
     device = use_device(args.device)
     compute_dtype(args, device)  # raises before the data set is loaded
@@ -423,7 +421,7 @@ def run_seeds(args, name_run, load, train):
         with exclusive(Path(args.out) / ".locks" / f"{folder.name}-seed{seed}"):
             several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
             print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
-            result = None if args.force else finished(run.path, run.settings)  # by another process
+            result = None if args.force else finished(run.path, run.settings)  # from another process
             results[seed] = result or run_seed(run, train)
     return folder, results
 
@@ -439,7 +437,7 @@ def run_seed(run, train):
         weights, outcome = train(run)
     finally:
         with contextlib.suppress(OSError):
-            run.path.parent.rmdir()  # if it is empty, such as after a failure before the first checkpoint
+            run.path.parent.rmdir()  # only if empty, as after a failure before the first checkpoint
     if not math.isfinite(outcome["test"]["loss"]):
         raise RuntimeError(f"the test loss is {outcome['test']['loss']}: lower --lr, or use --amp off")
     peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
@@ -453,7 +451,7 @@ def run_seed(run, train):
         "environment": environment(run),
         **outcome,
         "seconds": sum(entry["seconds"] for entry in outcome["history"]),
-        "peak_memory_bytes": peak,  # of a CUDA GPU
+        "peak_memory_bytes": peak,  # None without CUDA
     }
     write_atomically(run.path.with_suffix(".pt"), {**shared, **weights})
     write_atomically(run.path, result)

@@ -1,13 +1,13 @@
 """Train and test one network on 32x32 images; write metrics and settings to results/<run>/seed<k>.json.
 
     python train.py --data synthetic --epochs 3                   # runs anywhere, in a minute
-    python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, downloaded at the first run
+    python train.py --arch densenet121 --aug flip --seed 1        # on CINIC-10, downloaded on the first run
     python train.py --data path/to/folder --arch custom --seed 1 2 3
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
 
 Defaults reproduce the study's recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished
-runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; a network,
-models.ARCHITECTURES; an augmentation, augment.AUGMENTATIONS.
+runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; to add a network,
+models.ARCHITECTURES; to add an augmentation, augment.AUGMENTATIONS.
 """
 
 import functools
@@ -36,7 +36,7 @@ OPTIMIZERS = {
 }
 FUSED = ("adam", "adamw", "sgd")  # one kernel per step, no device synchronization: can be captured
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
-EVALUATION_BATCH = {"cpu": 256}  # fits the CPU's cache; else 512, which keeps a GPU busy within 8 GiB
+EVALUATION_BATCH = {"cpu": 256}  # fits its cache; else 512, which keeps a GPU busy within 8 GiB
 
 
 # Metrics
@@ -45,8 +45,8 @@ EVALUATION_BATCH = {"cpu": 256}  # fits the CPU's cache; else 512, which keeps a
 def confusion_matrix(predictions, labels, num_classes):
     """Count predictions (columns) for each true class (rows), without device synchronization.
 
-    predictions, labels: int64 (N,), on one device. Returns int64 (num_classes, num_classes). A product of
-    one-hot matrices: exact below 2**24 images, and only a few kernels; a deterministic index_add_ sorts.
+    predictions, labels: int64 (N,), on one device. Returns int64 (num_classes, num_classes). As a product
+    of one-hot matrices: exact below 2**24 images, and a few kernels; a deterministic index_add_ would sort.
     """
     classes = torch.arange(num_classes, device=labels.device)
     true, predicted = ((values[:, None] == classes).float() for values in (labels, predictions))
@@ -59,7 +59,7 @@ def metrics(confusion, loss):
     Precision, recall and F1 are macro averages over the classes that occur in labels or predictions; a ratio
     with denominator 0 counts as 0, as in scikit-learn with average="macro", zero_division=0.
     """
-    confusion = confusion.cpu().double()  # float64 on the host only: MPS has none
+    confusion = confusion.cpu().double()  # on the host: MPS does not support float64
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     occurs = true + predicted > 0
 
@@ -76,7 +76,7 @@ def metrics(confusion, loss):
 
 
 class Totals:
-    """An epoch's loss and confusion matrix, summed on the device and read once, at its end."""
+    """The loss and confusion matrix of an epoch, summed on the device and read once, at the end."""
 
     def __init__(self, num_classes, device):
         dtype = torch.float64 if device.type == "cpu" else torch.float32
@@ -88,7 +88,7 @@ class Totals:
         self.confusion.zero_()
 
     def count(self, logits, labels, loss):
-        """Add a batch. logits: float (B, C); labels: int64 (B,); loss: its mean, 0-dimensional."""
+        """Add a batch. logits: float (B, C); labels: int64 (B,); loss: the batch's mean, 0-dimensional."""
         self.loss += loss.detach() * len(labels)
         self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
 
@@ -102,7 +102,7 @@ class Totals:
 
 def make_optimizer(parameters, args, device):
     """The optimizer named in args, with args.lr, args.weight_decay and, for sgd (Nesterov) and rmsprop,
-    args.momentum. With a schedule, norms and biases have no weight decay."""
+    args.momentum. With a schedule, norms and biases get no weight decay."""
     options = {"lr": args.lr, "weight_decay": args.weight_decay}
     if args.momentum:
         options |= {"momentum": args.momentum, **({"nesterov": True} if args.optimizer == "sgd" else {})}
@@ -120,8 +120,8 @@ def make_optimizer(parameters, args, device):
     except (TypeError, ValueError) as error:
         raise RuntimeError(f"OPTIMIZERS in train.py, {args.optimizer}: {error}") from error
     if args.optimizer == "sgd" and args.momentum:
-        # Otherwise fused SGD allocates the buffers uninitialized, and keeps them so if fp16 overflows in the
-        # first step
+        # Otherwise fused SGD allocates the buffers uninitialized, and leaves them so if fp16 overflows in
+        # the first step
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -129,15 +129,15 @@ def make_optimizer(parameters, args, device):
 
 
 def one_cycle(step, steps):
-    """The learning rate at step 0, 1, ... of a run, as a fraction of its peak: linearly up over the first
-    fifth, then linearly down, to zero after the last step. Depends only on the step, so that resumed runs
-    continue it. After Smith and Topin, 2018, arXiv:1708.07120, with constant momentum."""
+    """The learning rate at step 0, 1, ... of a run, as a fraction of its peak. It rises linearly over the
+    first fifth, then falls linearly, to zero after the last step. It depends only on the step, so that
+    resumed runs continue it. After Smith and Topin, 2018, arXiv:1708.07120, but with constant momentum."""
     top = max(1, steps // 5)
     return (step + 1) / top if step < top else (steps - step) / (steps - top + 1)
 
 
 def set_learning_rate(optimizer, rate):
-    """Set every parameter group's learning rate, in place if it is a tensor, which a captured step reads."""
+    """Set every parameter group's learning rate; a tensor, which a captured step reads, in place."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
             group["lr"].fill_(rate)
@@ -161,10 +161,10 @@ def is_capturable(args, device):
 
 
 class CapturedStep:
-    """step(inputs, labels) as a CUDA graph: captured once, then replayed by one launch, not hundreds.
+    """step(inputs, labels) as a CUDA graph: captured once, then replayed with one launch instead of hundreds.
 
-    Batches of a different size than the first run `step` eagerly, as do the first three of that size: PyTorch
-    requires a warm-up on a side stream. Tensors that `step` changes must stay in place.
+    Only batches as large as the first one are replayed. Others run eagerly, and so do the first three:
+    PyTorch requires a warm-up on a side stream. `step` must change tensors in place.
     """
 
     WARM_UP = 3
@@ -208,7 +208,7 @@ class CapturedStep:
 
 @functools.cache
 def side_stream(device):
-    """One stream per process, since each stream has its own cuBLAS workspace."""
+    """One side stream per process, since each stream has its own cuBLAS workspace."""
     return torch.cuda.Stream(device)
 
 
@@ -236,12 +236,12 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
 
     rate = args.lr
     if is_capturable(args, device) and args.schedule != "none":
-        rate = torch.full((), args.lr, device=device)  # for the same bits, also if the step is not captured
+        rate = torch.full((), args.lr, device=device)  # same bits even if the step is not captured
     if is_capturable(args, device) and args.graph:
         step = CapturedStep(step)
     elif device.type == "cuda":
-        print("CUDA graphs are disabled: they need adam, adamw or sgd, and no --no-graph")
-    for group in optimizer.param_groups:  # a checkpoint holds the last step's
+        print("CUDA graphs are disabled: they need adam, adamw or sgd, without --no-graph")
+    for group in optimizer.param_groups:  # a checkpoint restores that of its last step
         group["lr"] = rate
 
     for epoch in range(len(history) + 1, epochs + 1):
@@ -293,7 +293,7 @@ def check_finite(loss, where):
 
 
 def summary(history):
-    """The last epoch in a progress line."""
+    """The last epoch's loss, accuracy and speed, for the progress line."""
     if not history:
         return ""
     last = history[-1].get("valid") or history[-1]["train"]
@@ -365,7 +365,7 @@ def load(args, device):
 
 
 def print_results(name, results):
-    """A row of METRICS for each seed and, for several, their mean and standard deviation (n - 1)."""
+    """Print METRICS, a row for each seed; if there are several, also mean and standard deviation (n - 1)."""
     columns = {metric: [result["test"][metric] for result in results.values()] for metric in METRICS}
     if all("test_tta" in result for result in results.values()):
         columns["accuracy with mirror images"] = [r["test_tta"]["accuracy"] for r in results.values()]
@@ -388,8 +388,8 @@ def add_training_arguments(parser):
     add("--momentum", type=below_1, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
     add("--weight-decay", type=runs.number(float, 0, including=(0,)), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
-        help="none: constant learning rate; onecycle: linearly up to --lr over a fifth of the run, then down "
-        "to zero, without weight decay for norms and biases")  # fmt: skip
+        help="none: constant learning rate; onecycle: rises linearly to --lr over the first fifth of the "
+        "run, then falls to zero; norms and biases get no weight decay")  # fmt: skip
     add("--label-smoothing", type=below_1, default=0.0, help="label smoothing factor (default: 0)")
 
 
@@ -404,7 +404,7 @@ def add_epoch_arguments(parser):
 def check_arguments(args):
     """Raise ValueError for momentum that the optimizer lacks."""
     if args.momentum and args.optimizer not in ("sgd", "rmsprop"):
-        raise ValueError(f"--momentum: {args.optimizer} has none, only sgd and rmsprop do")
+        raise ValueError(f"--momentum: {args.optimizer} has none; only sgd and rmsprop have it")
 
 
 def make_parser():
@@ -414,9 +414,9 @@ def make_parser():
     add, architectures = group.add_argument, [*models.ARCHITECTURES, "efficientnet"]
     add("--arch", default="custom", choices=architectures, help="(default: %(default)s)")
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
-    add("--stem", default="imagenet", choices=("imagenet", "small"), help="torchvision's networks only; "
+    add("--stem", default="imagenet", choices=("imagenet", "small"), help="for torchvision's networks; "
         "small: 3x3 convolution of stride 1, no max-pool, for 32x32 (default: %(default)s)")  # fmt: skip
-    add("--dropout", type=runs.number(float, 0, 1, (0,)), default=0.0, help="custom network only: rate k "
+    add("--dropout", type=runs.number(float, 0, 1, (0,)), default=0.0, help="for the custom network: rate k "
         "after each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     names = ", ".join(augment.NAMES)
     add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")

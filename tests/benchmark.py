@@ -1,14 +1,14 @@
 """Benchmark our code against alternatives, in turn and on the same images; medians of several rounds.
 
     python tests/benchmark.py                            # everything, or one or several of these:
-    python tests/benchmark.py train                      # every architecture, against the plain recipe
+    python tests/benchmark.py train                      # every architecture, against plain PyTorch
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
     python tests/benchmark.py augment                    # every augmentation, against other libraries
     python tests/benchmark.py data                       # decoding, and batches
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
 
-Our training is `train.fit` itself; its rate comes from its history. The plain recipe is training as usually
+Our training is `train.fit` itself; its rate comes from its history. Plain PyTorch is training as usually
 written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
 Kornia is measured if it is installed. Files are written to a temporary folder only.
 """
@@ -141,7 +141,7 @@ def endless(run):
         yield from data.batches(split, run.dataset, run.device, plan, streams, (run.seed, epoch))
 
 
-# The plain recipe
+# Plain PyTorch
 
 
 def image_files(folder, images, labels):
@@ -257,7 +257,7 @@ def benchmark_train(args):
         for name, more in ours.items():
             run = our_run(args, dataset, train.parse_arguments, *options, *more)
             ways[name] = our_training(run, steps)
-        ways["plain recipe"] = per_second(steps * batch_size, plain_training(loader, arch, args.device))
+        ways["plain PyTorch"] = per_second(steps * batch_size, plain_training(loader, arch, args.device))
         yield compare(arch, ways, args.rounds)
 
 
@@ -335,7 +335,7 @@ def benchmark_data(args):
     roots = (args.folder / f"root{number}" for number in itertools.count())
     size = min(64, args.images)
     loader = plain_loader(args.folder / "images" / "train", size, args.device)
-    plain = {"plain recipe": per_second(len(loader) * size, lambda: exhaust(loader))}
+    plain = {"plain PyTorch": per_second(len(loader) * size, lambda: exhaust(loader))}
     some = some._replace(train=data.to_device(some.train, args.device))
     run = our_run(args, some, train.parse_arguments, "--aug", "flip", "--batch-size", str(size))
     count = min(args.images, 16 * data.CHUNK) // size

@@ -322,7 +322,7 @@ def test_names_that_cannot_be_used_are_one_line(run, one_line):
             ValueError, match=f"^augmentation '{re.escape(name)}': .* alone, or different ones"
         ):
             augment.parse(name)
-    one_line(run("train.py", "--aug", "hybrid+flip"), 2, "none or hybrid, which stand alone", "joined by +")
+    one_line(run("train.py", "--aug", "hybrid+flip"), 2, "none or hybrid, each alone", "joined by +")
 
 
 # All of them

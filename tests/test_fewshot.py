@@ -152,7 +152,7 @@ def test_sizes_are_what_there_is_or_as_asked(classes, images, valid, options, ta
     with refused:
         fewshot.load(args, CPU)
         assert (args.way, args.shot, args.query) == taken
-        assert ("episodes have" in capsys.readouterr().out) == (list(taken) != wanted)
+        assert ("episodes use" in capsys.readouterr().out) == (list(taken) != wanted)
 
 
 def test_a_small_data_set_runs_by_itself_with_the_same_bits_twice(run, one_line, image_folder, tmp_path):

@@ -215,7 +215,7 @@ def test_other_files_and_edited_networks_are_named(tmp_path):
         model.classifier[number] = layer
         content = saved({**SAVED, "arch": "custom", "state_dict": model.state_dict()})
         cases.append(
-            (content, f": its layers differ from models.py.* classifier.{number}.bias: train it again")
+            (content, f": its layers differ from those of models.py.* classifier.{number}.bias: train")
         )
     for content, message in cases:
         path.write_bytes(content)

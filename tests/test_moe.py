@@ -117,7 +117,7 @@ def test_names_show_groups_and_width():
 
 def test_invalid_settings_are_one_line_before_anything_is_trained(run, one_line, image_folder, tmp_path):
     image_folder("abcd")
-    rule = "each group has two classes or more, but not all, and is given once"
+    rule = "give each group once, with two classes or more, but not all"
     for experts, *words in (
         (["a,b", "a,e"], "--experts a,e", "has no class 'e'"), (["a,b", "c"], "a,b c", rule),
         (["a,b,c,d"], rule), (["a,b", "b,a"], rule),

@@ -391,7 +391,7 @@ def test_no_gpu_and_no_weights_are_one_line(run, one_line, tmp_path):
     )
     nowhere = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path)}
     process = run("train.py", *TINY, "--arch", "resnet18", "--pretrained", **nowhere)
-    one_line(process, 1, "train.py: error: the ImageNet weights of resnet18 cannot be fetched", "TORCH_HOME")
+    one_line(process, 1, "the ImageNet weights of resnet18 cannot be downloaded", "TORCH_HOME")
 
 
 def test_a_nan_or_infinite_loss_ends_the_run_and_leaves_no_result(run, one_line, tmp_path):
