@@ -45,7 +45,8 @@ def fake(folder, command, accuracy=0.5, seeds=None, run=None, **changes):
         args.experts = [data.spec(data.GROUPS.get(group) or group.split(",")) for group in args.experts]
     content = {"name": args.data, "classes": list(classes), "fingerprint": "0f"} | changes.pop("data", {})
     for seed in seeds or args.seed:
-        metrics = dict.fromkeys(aggregate.METRICS, round(accuracy + 0.001 * (seed - 2), 4))
+        metrics = dict.fromkeys(("loss", *aggregate.METRICS), round(accuracy + 0.001 * (seed - 2), 4))
+        metrics["loss"] += 1
         parts = ("test", "test_tta", "base", "pair", "ensemble", "one_prototype", "nearest_image")
         result = {
             "version": 1, "config": {**vars(args), "seed": seed}, "data": content, **dict.fromkeys(parts, metrics),
@@ -181,10 +182,13 @@ def test_the_few_shot_comparison_has_all_methods_by_fraction(whole, tmp_path, ru
     title = "Few-shot learning and regular training, accuracy"
     rows = table(run("aggregate.py", whole).stdout, title)
     assert list(rows) == FRACTIONS[::-1] and list(rows["0.01"]) == METHODS
-    fake(tmp_path, "fewshot.py --episodes 5 --fraction 0.001 --shot 2")
+    parts = [dict.fromkeys(aggregate.METRICS, value) for value in (0.4, 0.3)]
+    command = "fewshot.py --episodes 5 --fraction 0.001 --shot 2"
+    fake(tmp_path, command, one_prototype=parts[0], nearest_image=parts[1])
     fake(tmp_path, "train.py --fraction 0.001 --aug flip+autoaugment")
     shown = run("aggregate.py", tmp_path, "--only", "beyond-fewshot").stdout
-    assert list(table(shown, title)["0.001"]) == METHODS[:4]
+    (row,) = tables(shown, title)[0].values()
+    assert list(row) == METHODS[:4] and [row[name][:6] for name in METHODS[1:3]] == ["0.4000", "0.3000"]
     assert "shot 2, episodes 5 at 0.001; batch size 64 at 0.001." in shown and "study" not in shown.split("|")
 
 
@@ -453,6 +457,7 @@ def test_every_figure_is_drawn_whatever_matplotlibrc_says(whole, run, tmp_path):
 
 def test_rows_of_the_confusion_figure_are_true_classes(tmp_path):
     counts = 10 * np.eye(10) + 30 * np.roll(np.eye(10), 1, axis=1)  # a quarter right, the others one class on
+    counts[0] *= 2
     fake(tmp_path, "train.py", confusion=counts.tolist())
     (axes,) = drawn(aggregate.draw_confusion, tmp_path, "initial").axes
     assert axes.images[0].get_array()[:2, :3].tolist() == [[0.25, 0.75, 0], [0, 0.25, 0.75]]
@@ -507,8 +512,9 @@ def test_the_gate_is_drawn_by_the_groups_names(tmp_path):
     fake(tmp_path, "moe.py --experts airplane,automobile,ship,truck bird,cat")
     figure = drawn(aggregate.draw_gate, tmp_path, "moe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "vehicles", "bird+cat"]
-    widths = [container[0].get_width() for container in figure.axes[0].containers]
-    assert widths == pytest.approx([0.2, 0.3, 0.5])
+    bars = [container[0] for container in figure.axes[0].containers]
+    assert [bar.get_width() for bar in bars] == pytest.approx([0.2, 0.3, 0.5])
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, 0.2, 0.5])
 
 
 def test_figures_of_two_data_sets_have_them_in_their_names(run, tmp_path):

@@ -107,6 +107,8 @@ def test_logits_and_gradients_are_those_of_torchvisions_network_with_a_new_head_
         theirs.set_submodule(first, nn.Conv2d(3, width, kernel_size=3, padding=1, bias=False))
         if pool:
             theirs.set_submodule(pool, nn.Identity())
+            std = ours.get_submodule(first).weight.std().item()  # as torchvision initializes convolutions
+            assert std == pytest.approx((2 / (9 * width)) ** 0.5, rel=0.1)
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     found = []

@@ -32,18 +32,9 @@ def test_adapters_are_trained_on_request_and_with_512_units_the_mixture_is_as_la
     assert 1 < size / sum(3 * p.numel() for p in base.parameters()) < 1.01
 
 
-def test_feature_batches_hold_every_row_once():
-    split = data.Split(torch.arange(33.0).view(33, 1), torch.arange(33))
-    batches = list(moe.feature_batches(split, CPU, 16, seed=1, epoch=2))
-    assert [len(batch) for _, batch in batches] == [16, 17]
-    labels = torch.cat([batch for _, batch in batches]).tolist()
-    assert sorted(labels) == list(range(33)) != labels
-    assert all(torch.equal(x[:, 0].long(), y) for x, y in batches)
-
-
 def test_an_ensemble_averages_probabilities_of_the_test_split():
     dataset = data.synthetic((10, 20, 30))
-    weights = torch.randn(3, 3072, 10, generator=torch.Generator().manual_seed(1)) / 20
+    weights = torch.randn(3, 3072, 10, generator=torch.Generator().manual_seed(1)) / 4
     networks = [lambda images, weight=weight: images.flatten(1) @ weight for weight in weights]
     logits = [network(data.normalise(dataset.test.images, dataset)) for network in networks]
     wanted = F.nll_loss(torch.stack(logits).softmax(2).mean(0).log(), dataset.test.labels).item()
@@ -80,6 +71,32 @@ def test_experts_share_every_setting_that_both_scripts_have(monkeypatch):
         moe.expert(moe.parse_arguments([*shared, "--seed=4", "--force"]), 3, "cat,dog")
     own = ["--aug=hybrid", "--dropout=0.2", "--seed=3", "--classes=cat,dog"]
     assert asked == [train.parse_arguments([*shared, *own])]
+
+
+def test_each_seed_has_its_own_experts_weights_and_order(monkeypatch):
+    asked, trained = [], []
+
+    def expert(args, seed, group=None):
+        asked.append((seed, group))
+        torch.manual_seed(seed)
+        return models.build("custom").eval()
+
+    def fit(run, model, classes, steps, train_batches, valid_batches):
+        parts = [labels for _, labels in train_batches(1)]
+        assert list(map(len, parts)) == [16, 16, 8]  # --batch-size
+        trained.append((model.adapters[0].weight, torch.cat(parts)))
+        return []
+
+    monkeypatch.setattr(moe, "expert", expert)
+    monkeypatch.setattr(train, "fit", fit)
+    run = a_run(data.synthetic((40, 10, 20)))
+    run.args = moe.parse_arguments(["--seed", "1", "2", "--batch-size", "16", "--adapter-width", "8"])
+    for run.seed in (1, 2):
+        _, outcome = moe.train_gate(run)
+    first, second = ([(seed, group) for group in (None, *moe.EXPERTS)] for seed in (1, 2))
+    assert asked == [*first, (2, None), (3, None), *second, (1, None), (3, None)]
+    assert outcome["base"] == moe.average(run, [expert(run.args, 2)]).metrics()
+    assert not any(torch.equal(a, b) for a, b in zip(*trained, strict=True))
 
 
 def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):

@@ -319,6 +319,8 @@ def test_no_query_is_a_support_image_and_blocks_and_seeds_of_episodes_differ(spy
         assert told.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert asked == {"flip+autoaugment"} and {group["lr"] for group in spy.steps} == {0.001}
     assert drawn[10:20] == drawn[20:] and len({tuple(rows) for rows in drawn}) == 20
+    first, second, again = [one.weight for one in spy.passes if one.training][::10]
+    assert torch.equal(second, again) and not torch.equal(first, second)
 
 
 def test_a_checkpoint_stays_until_the_result_is_written_and_resumes_only_with_its_images(spy):

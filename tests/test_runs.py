@@ -107,6 +107,13 @@ def test_a_forced_run_discards_its_checkpoint(tmp_path):
     assert not run.checkpoint.exists()
 
 
+def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(RuntimeError, match="the test loss is nan: lower --lr"):
+        runs.run_seed(run, lambda run: ({}, {"test": {"loss": float("nan")}, "history": []}))
+    assert not run.path.exists()
+
+
 def test_a_checkpoint_of_other_code_is_resumed_with_a_word_unless_it_does_not_fit(tmp_path, capsys):
     run = make_run(tmp_path)
     run.code = "1"

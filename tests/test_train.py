@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import HOUSE, FarDevice, Reads, assert_same_bits, results
 from sklearn import metrics as oracle
+from torch.nn import functional as F
 
 import data
 import models
 import runs
 import train
 
-TINY = ("--data", "synthetic", "--classes", "cat,dog", "--fraction", 0.1, "--epochs", 2)
+TINY = ("--data", "synthetic", "--classes", "dog, cat", "--fraction", 0.1, "--epochs", 2)
 
 
 # Metrics
@@ -80,6 +81,16 @@ def test_three_steps_of_fit_equal_the_textbook_loop(tmp_path):
     assert torch.allclose(plain.eval()(images[0]), ours.eval()(images[0]), atol=2e-3)
 
 
+def test_a_network_is_built_with_every_option(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(models, "build", lambda *given: asked.append(given) or 1 / 0)
+    for words in ("--dropout 0.2", "--arch resnet18 --pretrained", "--arch resnet18 --stem small"):
+        with pytest.raises(ZeroDivisionError):
+            train.train(make_run(tmp_path, *words.split()))
+    wanted = [("custom", 10, 0.2, False, "imagenet"), ("resnet18", 10, 0.0, True, "imagenet")]
+    assert asked == [*wanted, ("resnet18", 10, 0.0, False, "small")]
+
+
 @pytest.mark.slow
 def test_five_epochs_learn_the_synthetic_set(run, tmp_path):
     process = run("train.py", "--data", "synthetic", "--epochs", 5, "--amp", "bf16", "--out", tmp_path)
@@ -125,7 +136,11 @@ CAPTURED += [("--optimizer", "sgd", "--momentum", 0.9, "--weight-decay", 0.1), (
 @pytest.mark.parametrize("settings", CAPTURED, ids=str)
 def test_a_captured_step_never_reads_the_device(settings, scaled, tmp_path, monkeypatch):
     """A dispatch mode records what a GPU would capture: a value read by the host would end the capture."""
-    calls = []
+    calls, cross_entropy = [], F.cross_entropy
+
+    def loss(logits, *rest, **options):
+        assert logits.dtype == torch.float32
+        return cross_entropy(logits, *rest, **options)
 
     class Recorded(train.CapturedStep):
         def __call__(self, *batch):
@@ -136,6 +151,7 @@ def test_a_captured_step_never_reads_the_device(settings, scaled, tmp_path, monk
 
     monkeypatch.setattr(train, "is_capturable", lambda *_: True)
     monkeypatch.setattr(train, "CapturedStep", Recorded)
+    monkeypatch.setattr(F, "cross_entropy", loss)
     run = make_run(tmp_path, "--amp", "bf16", *settings)
     if scaled:
         scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -263,23 +279,9 @@ def test_with_a_schedule_norms_and_biases_have_no_weight_decay():
         for name, parameter in layer.named_parameters(recurse=False):
             assert decay.pop(id(parameter)) == (0.5 if plain and name == "weight" else 0.0)
     assert not decay
-
-
-def test_every_run_is_also_tested_with_mirror_images(tiny, run, tmp_path):
-    options = (*tiny, "--epochs", 2, "--schedule", "onecycle", "--label-smoothing", 0.3, "--amp", "off")
-    process = run("train.py", *options)
-    assert process.returncode == 0 and "accuracy with mirror images" in process.stdout
-    (path,) = tmp_path.rglob("seed1.json")
-    result, model = json.loads(path.read_text()), models.load(path.with_suffix(".pt"))
-    dataset = data.load(str(tmp_path / "images"), tmp_path / "root")
-    plan = data.make_plan(len(dataset.test.labels), 100)
-    ((images, labels),) = data.batches(dataset.test, dataset, torch.device("cpu"), plan)
-    with torch.no_grad():
-        logits = [model(images), model(images.flip(3))]
-    for name, found in (("test", logits[0]), ("test_tta", (logits[0] + logits[1]) / 2)):
-        wanted = torch.nn.functional.cross_entropy(found, labels).item()
-        assert result[name]["loss"] == pytest.approx(wanted, abs=1e-4)  # without label smoothing
-        assert result[name]["accuracy"] == (found.argmax(1) == labels).double().mean()
+    args.schedule = "none"  # the study's
+    (group,) = train.make_optimizer(list(model.parameters()), args, torch.device("cpu")).param_groups
+    assert len(group["params"]) == len(list(model.parameters())) and group["weight_decay"] == 0.5
 
 
 # Results
@@ -290,13 +292,16 @@ def test_result_file_skip_and_force(run, tmp_path):
     first = run(*command)
     assert first.returncode == 0 and first.stderr == "" and "\r" not in first.stdout
     assert first.stdout.count("2 classes: cat, dog") == 1  # loaded once
-    assert "mean ± std" in first.stdout
+    assert "accuracy with mirror images" in first.stdout
     folder = tmp_path / "custom-none-synthetic-only-cat+dog-p0.1-epochs2"
+    losses = [json.loads(path.read_text())["test"]["loss"] for path in folder.glob("*.json")]
+    (row,) = [line for line in first.stdout.splitlines() if line.startswith("mean ± std")]
+    assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in row
     assert sorted(os.listdir(folder)) == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
     result = json.loads((folder / "seed2.json").read_text())
     assert list(result) == ["version", "config", "data", "environment", "history", "test", "confusion", "test_tta",
                             "seconds", "peak_memory_bytes"]  # fmt: skip
-    assert result["config"]["seed"] == 2 and result["config"]["lr"] == 0.001
+    assert [result["config"][name] for name in ("seed", "lr", "classes")] == [2, 0.001, "cat,dog"]
     assert result["data"]["classes"] == ["cat", "dog"]
     assert [result["data"][split] for split in data.SPLITS] == [40, 100, 200]
     environment = {"python", "torch", "torchvision", "device", "commit", "code", "dtype"}
@@ -308,7 +313,10 @@ def test_result_file_skip_and_force(run, tmp_path):
     confusion = np.array(result["confusion"])
     assert confusion.sum() == 200 and np.trace(confusion) / 200 == result["test"]["accuracy"]
     model = models.load(folder / "seed2.pt")
-    assert model.classes == ["cat", "dog"] and model.mean == result["data"]["mean"] and not model.training
+    assert model.classes == ["cat", "dog"] and not model.training
+    dataset = data.load("synthetic", fraction=0.1, classes="cat,dog")
+    for name in ("mean", "std"):
+        assert getattr(model, name) == result["data"][name] == list(getattr(dataset, name))
 
     before = (folder / "seed1.json").stat().st_mtime_ns
     again = run(*command)
@@ -329,11 +337,11 @@ def test_run_names_show_what_differs_from_the_recipe():
     assert name_of("--arch", "efficientnet", "--lr", 0.002) == "efficientnet_b0-none-lr0.002"
     assert name_of("--data", "x", "--epochs", 30, data="cifar10") == "custom-none-cifar10-epochs30"
     assert name_of(data="my_set-01234567", only="cat,dog") == "custom-none-my_set-01234567-only-cat+dog"
-    different = [("--lr", 0.0010001), ("--fraction", 0.01), ("--batch-size", 4), ("--optimizer", "adamax"),
-                 ("--optimizer", "sgd"), ("--optimizer", "sgd", "--momentum", 0.9), ("--weight-decay", 0.0001),
-                 ("--dropout", 0.2), ("--amp", "bf16"), ("--arch", "resnet18", "--pretrained"), ("--arch", "resnet18"),
-                 ("--arch", "resnet18", "--stem", "small"), ("--schedule", "onecycle"), ("--label-smoothing", 0.1),
-                 ("--steps-per-epoch", 7)]  # fmt: skip
+    different = [("--lr", 0.00100000001), ("--lr", 0.00100000002), ("--fraction", 0.01), ("--batch-size", 4),
+                 ("--optimizer", "adamax"), ("--optimizer", "sgd"), ("--optimizer", "sgd", "--momentum", 0.9),
+                 ("--weight-decay", 0.0001), ("--dropout", 0.2), ("--amp", "bf16"), ("--arch", "resnet18"),
+                 ("--arch", "resnet18", "--pretrained"), ("--arch", "resnet18", "--stem", "small"),
+                 ("--schedule", "onecycle"), ("--label-smoothing", 0.1), ("--steps-per-epoch", 7)]  # fmt: skip
     names = [name_of(*arguments) for arguments in different]
     assert len({*names, name_of()}) == len(names) + 1
 
