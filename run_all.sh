@@ -83,7 +83,7 @@ add() { # NETWORK SCRIPT SETTINGS: one more command, if it was asked for and is 
   local network=$1 script=$2 own=("${@:3}") common=("${settings[@]}") label line sum
   if [ ! "$chosen" ] || ! { has "$arches" "$network" || has "$arches" all; }; then return; fi
   case $smoke$* in # --smoke leaves out what is slow; of its two networks, custom shows every value
-    yes*"--fraction 0.0"[012]* | yes*resnet18*smoothing* | yes*smoothing*30 | yes*"resnet18 --aug "[racj]*) return ;;
+    yes*"fraction 0.0"[012]* | yes*resnet18*smooth* | yes*smooth*30 | yes*"resnet18 --aug "[racj]*) return ;;
     yes*"resnet18 "*"--lr 0.0005" | yes*"resnet18 "*"--weight-decay 0.000"[02]*) return ;;
   esac
   if [ "$smoke" ] && has "${own[*]}" --steps-per-epoch; then own+=(--batch-size 2); fi # 300 steps in seconds

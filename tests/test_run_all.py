@@ -32,7 +32,7 @@ if __name__ == "__main__":
     with open("started.txt", "a") as file:
         print(json.dumps([environment, script, *sys.argv[1:]]), file=file)
     exec(os.environ.get("RUN", ""))
-    print("| a table |" if script in ("data.py", "aggregate.py") else "seed  accuracy  loss\\n1     0.25      1.5")
+    print("| a table |" if script in ("data.py", "aggregate.py") else "seed  accuracy\\n1     0.25")
 """
 
 
