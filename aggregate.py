@@ -301,6 +301,9 @@ def make_views(found, published, only):
         runs = [run for run in found if (run.name not in seen if table is OTHER else run.named)]
         for context, group in sorted(place_runs(runs, table).items(), key=lambda item: len(item[0])):
             new = {place for place, (_, run) in group.items() if run.name not in seen}
+            if isinstance(table.columns, str) and new:  # a row that earlier tables show compares nothing here
+                rows = {row for row, _ in new}
+                group = {place: fit for place, fit in group.items() if place[0] in rows}
             compared = new if isinstance(table.columns, str) else {row for row, _ in new}
             shown = bool(table.title) and (not context or table is OTHER or len(compared) > 1)
             cells = make_cells(table, context, group, published.get(name, {}))
@@ -312,8 +315,6 @@ def make_views(found, published, only):
 def make_cells(table, context, group, published):
     """The cells of a table, row by row. group: {(row, column): (what is unlike the study's run, run)}."""
     rows, columns = zip(*group, strict=True)
-    usual = text_of(RECIPES["train"].get(table.columns))  # a row with nothing else is in another table, too
-    rows = [row for row, column in group if column != usual] or rows
     rows = in_order(rows, table.rows, table.steps, published)
     columns = in_order(columns, table.columns, table.steps, next(iter(published.values()), ()))
     values, cells = {place: values_of(run, *place) for place, (_, run) in group.items()}, []

@@ -166,12 +166,12 @@ def damage(path, how):
 def test_a_damaged_result_is_reported_by_every_script(how, tiny, run, tmp_path, capsys):
     assert run("train.py", *tiny, "--epochs", 1, "--out", "out").returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
-    assert runs.finished(path, {}) and len(aggregate.read(tmp_path)) == 1
+    assert runs.finished(path, {}) and len(aggregate.read(tmp_path / "out")) == 1
     if how == "cut":
         damage(path, how)
     else:
         path.write_bytes(b"" if how == "empty" else bytes(range(256)))
-    assert runs.finished(path, {}) is None and aggregate.read(tmp_path) == []
+    assert runs.finished(path, {}) is None and aggregate.read(tmp_path / "out") == []
     shown = capsys.readouterr()
     assert f"{path} is damaged or not a result file" in shown.out and f"left out: {path}" in shown.err
 
@@ -180,7 +180,10 @@ def test_a_result_annotated_by_hand_stays_a_result(tiny, run, tmp_path):
     assert run("train.py", *tiny, "--epochs", 1).returncode == 0
     (path,) = tmp_path.rglob("seed1.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "note": "on the train"}))
-    assert "skipped" in run("train.py", *tiny, "--epochs", 1).stdout and len(aggregate.read(tmp_path)) == 1
+    assert (
+        "skipped" in run("train.py", *tiny, "--epochs", 1).stdout
+        and len(aggregate.read(tmp_path / "results")) == 1
+    )
 
 
 def test_an_experts_damaged_weights_are_reported(image_folder, tmp_path, monkeypatch):
