@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies
@@ -407,16 +408,11 @@ def test_guarantees_name_existing_tests():
 
 README = (HOUSE / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHORT = {
-    "train.py": "--epochs 1",
-    "moe.py": "--epochs 1",
-    "fewshot.py": "--episodes 2",
-    "run_all.sh": "--list",
-}
+SHORT = {"train.py": "--epochs 1", "moe.py": "--epochs 1", "fewshot.py": "--episodes 2"}
 
 
 def test_every_command_of_readme_runs(image_folder, run, tmp_path):
-    """In their order, on a small folder, for one epoch; the smoke run, GNU parallel and Slurm are not tried here."""
+    """In their order, on a small folder, for one epoch; not the smoke run, GNU parallel and Slurm."""
     image_folder(("bird", "cat", "dog", "frog"), (("train", 24), ("test", 2)), name="path/to/folder")
     commands = re.findall(r"^    (python|bash) (\S+)(.*?)(?: > .*)?(?:  +#.*)?$", README, re.MULTILINE)
     assert len(commands) > 12
@@ -427,8 +423,10 @@ def test_every_command_of_readme_runs(image_folder, run, tmp_path):
         if program == "python":
             process = run(script, *words)
         else:
-            command = ["bash", HOUSE / script, *words]
-            process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            command = ["bash", HOUSE / script, "--list", *words]
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            options = {"cwd": tmp_path, "env": {**os.environ, "PATH": path}}
+            process = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         assert process.returncode == 0, f"{script} {words}: {process.stderr}"
     assert (tmp_path / "figures").is_dir() and "--seed 1 2 3" in process.stdout
 
