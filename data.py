@@ -433,13 +433,14 @@ def _list_split(split, ignored):
     seen, links, files = {str(folder) for folder in (top, *top.parents)}, [], []  # seen: real paths
 
     def visit(folder, real_folder, name):  # name: of the class; None in the split's own folder
+        order = str(folder).replace(os.sep, "\0")  # "\0": a folder before its neighbour "folder 2"
         for entry in _visible(folder):
             if entry.is_symlink():
-                links.append((entry, name))
+                links.append((entry, name, order))
             else:
-                take(entry, f"{real_folder}{os.sep}{entry.name}", name)
+                take(entry, f"{real_folder}{os.sep}{entry.name}", name, order)
 
-    def take(entry, real, name):
+    def take(entry, real, name, order):
         is_image = name and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
         if not is_image and not entry.is_dir():
             ignored[Path(entry.name).suffix.lower() or "without suffix"] += 1
@@ -451,20 +452,16 @@ def _list_split(split, ignored):
                 visit(entry.path, real, name or entry.name)
             else:
                 info = entry.stat()
-                files.append((name, entry.path, info.st_size, info.st_mtime_ns))
+                file = name, entry.path, info.st_size, info.st_mtime_ns
+                files.append((order, entry.name, file))
 
     visit(split, top, None)
-    for link, name in links:  # which grow on the way
+    for link, name, order in links:  # which grow on the way
         if os.path.exists(link.path):
-            take(link, os.path.realpath(link.path), name)
+            take(link, os.path.realpath(link.path), name, order)
         else:
             ignored["broken link"] += 1
-
-    def place(file):
-        folder, name = os.path.split(file[1])
-        return folder.replace(os.sep, "\0"), name  # "\0": a folder before its neighbour "folder 2"
-
-    return sorted(files, key=place)
+    return [file for *_, file in sorted(files)]
 
 
 def _decode_splits(classes, files):

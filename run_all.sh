@@ -19,7 +19,7 @@ study() { # A run stands under the tables that show it. Settings that it leaves 
     table augmentation
     for aug in flip rotation crop jitter autoaugment cutout; do train --arch "$arch" --aug "$aug"; done
     table hybrid learning-rate; train --arch "$arch" --aug hybrid
-    table learning-rate # on hybrid, as the report says; so are optimizers and dropout rates
+    table learning-rate # on hybrid, as in the study; so are optimizers and dropout rates
     for lr in 0.002 0.0005; do train --arch "$arch" --aug hybrid --lr "$lr"; done
     table weight-decay # the study does not say on which augmentation: on none
     for decay in 0.0001 0.0002 0.00005; do train --arch "$arch" --aug none --weight-decay "$decay"; done
