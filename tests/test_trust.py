@@ -250,7 +250,7 @@ def test_folders_and_classes_of_any_name_train(counts, image_folder, tmp_path, r
             assert process.returncode == 0, process.stderr
 
 
-@pytest.mark.parametrize(("classes", "images"), [(1, 3), (1, 1), (1000, 1)])
+@pytest.mark.parametrize(("classes", "images"), [(1, 3), (1, 1), (300, 1)])
 def test_any_number_of_classes_trains(classes, images, image_folder, tmp_path, run):
     image_folder([f"class{number}" for number in range(classes)], [(split, images) for split in data.SPLITS])
     process = run("train.py", "--data", "images", "--epochs", 1, "--batch-size", 250)
@@ -417,7 +417,11 @@ def test_every_command_of_readme_runs(image_folder, run, tmp_path):
     commands = re.findall(r"^    (python|bash) (\S+)(.*?)(?: > .*)?(?:  +#.*)?$", README, re.MULTILINE)
     assert len(commands) > 12
     for program, script, words in commands:
-        for long, short in (("0.01", "0.5"), ("--epochs 3", "--fraction 0.05"), ("--seed 1 2 3", "")):
+        for long, short in (
+            ("0.01", "0.5"),
+            ("synthetic --epochs 3", "synthetic-small"),
+            ("--seed 1 2 3", ""),
+        ):
             words = words.replace(long, short)
         words = [*words.split(), *SHORT.get(script, "").split()]
         if program == "python":
@@ -450,10 +454,12 @@ def test_readmes_extensions_work_and_their_table_appears(tmp_path):
 def test_readmes_snippets_classify_an_image_and_train_from_a_notebook(tmp_path):
     (classify,) = (text for text in SNIPPETS if "models.load" in text)
     (notebook,) = (text for text in SNIPPETS if "run_seeds" in text)
-    notebook = notebook.replace('"--epochs", "1"', '"--epochs", "1", "--fraction", "0.01", "--root", "root"')
+    notebook = notebook.replace('"synthetic"', '"synthetic-small", "--fraction", "0.1", "--root", "root"')
     Image.new("RGB", (50, 40)).save(tmp_path / "cat.png")
     code = f"import sys; sys.path.insert(0, {str(HOUSE)!r})\n{notebook}\nprint(results[1]['test'])\n"
-    code += classify.replace("results/<run>/seed1.pt", "results/custom-none-synthetic-p0.01-epochs1/seed1.pt")
+    code += classify.replace(
+        "results/<run>/seed1.pt", "results/custom-none-synthetic-small-p0.1-epochs1/seed1.pt"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
