@@ -683,7 +683,8 @@ def samples_of(run):
     config = run.results[0]["config"]
     decoded = [file.name for file in Path(config["root"], "cache").expanduser().glob("*.pt")]
     if any(name.startswith(Path(config["data"]).name) for name in decoded):
-        with contextlib.suppress(ValueError, OSError, RuntimeError):
+        # What it prints is no part of the tables
+        with contextlib.suppress(ValueError, OSError, RuntimeError), contextlib.redirect_stdout(sys.stderr):
             return data.load(config["data"], config["root"])
     return data.load("synthetic")
 

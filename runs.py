@@ -267,8 +267,8 @@ def compute_dtype(args, device):
     # Undocumented, so they may disappear. A CPU that has neither would emulate bf16, slowly
     native = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = any(getattr(torch.cpu, name)() for name in native if hasattr(torch.cpu, name))
-    slow = device.type != "cpu" or not fast or getattr(args, "arch", None) in SLOW_IN_BF16
-    return torch.float32 if slow else torch.bfloat16
+    slow = getattr(args, "arch", None) in SLOW_IN_BF16
+    return torch.bfloat16 if device.type == "cpu" and fast and not slow else torch.float32
 
 
 def make_repeatable():
@@ -414,7 +414,7 @@ def run_seeds(args, name_run, load, train):
         run = Run(args, seed, dataset, device, folder / f"seed{seed}.json", code)
         results[seed] = None if args.force else finished(run.path, run.settings)
         if result := results[seed]:
-            other = "" if result["environment"].get("code") == code else ", made by other code"
+            other = "" if result.get("environment", {}).get("code") == code else ", made by other code"
             exists = f"skipped, its result exists ({run.path}{other})"
             print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
             continue
