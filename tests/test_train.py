@@ -180,16 +180,12 @@ def test_the_recorders_see_what_reads_the_device_and_what_is_float64():
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
 def test_every_optimizer_learns(optimizer):
-    momentum = 0.9 if optimizer in ("sgd", "rmsprop") else 0.0
-    args = Namespace(optimizer=optimizer, lr=0.01, weight_decay=1e-4, momentum=momentum, schedule="none")
+    args = train.parse_arguments(["--optimizer", optimizer, "--lr", "0.01", "--weight-decay", "0.0001"])
     weight = torch.nn.Parameter(torch.ones(3))
     made = train.make_optimizer([weight], args, torch.device("cpu"))
-    assert isinstance(made, train.OPTIMIZERS[optimizer])
     assert made.defaults["lr"] == 0.01 and made.defaults["weight_decay"] == 1e-4
-    for _ in range(5):
-        made.zero_grad()
-        (weight**2).sum().backward()
-        made.step()
+    (weight**2).sum().backward()
+    made.step()
     assert (weight < 1).all()
 
 
@@ -219,7 +215,7 @@ def test_fit_sets_the_learning_rate_of_each_step_even_after_resuming(tmp_path, m
 
 
 def test_an_overflow_in_the_first_step_leaves_sgds_momentum_at_zero():
-    """As GradScaler reports it to a fused optimizer: that step changes nothing, nor does it affect the next."""
+    """As GradScaler reports it to a fused optimizer: that step changes nothing, nor the next one."""
     args = train.parse_arguments(["--optimizer", "sgd", "--momentum", "0.9", "--lr", "0.1"])
     for _ in range(10):
         weight = torch.nn.Parameter(torch.ones(1000))
