@@ -327,6 +327,7 @@ EXPLAINED = {
     "-lr 0.1": ["did you mean --lr?"],
     "--label_smoothing 0": ["did you mean --label-smoothing?"],
     "--seed 1,2,3": ["--seed: 1,2,3", "1 2 3"],
+    "--seed 1-3": ["1 2 3"],
     "--colour": ["--colour"],
 }
 
