@@ -11,7 +11,6 @@ over the seeds found. What no table shows stands in "Other runs".
 """
 
 import argparse
-import contextlib
 import csv
 import itertools
 import json
@@ -25,11 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import tabulate
-import torch
 
-import augment
 import data
 import fewshot
+import figures
 import moe
 import runs
 import train
@@ -104,64 +102,18 @@ TABLES = {
 OTHER = Table("Other runs", "run", METRICS)  # those that none of the tables shows
 
 
-def read_published(text):
-    """{table: {row: {column: (mean, std)}}} from lines with a table's columns, followed by its rows. A
-    single seed has no std, and `-` gives ()."""
-    published = defaultdict(lambda: defaultdict(dict))
-    for first, *words in map(str.split, text.strip().splitlines()):
+def read_published(numbers=True):
+    """The study's numbers in docs/study.md, {table: {row: {column: (mean, std)}}}. A single seed has no std, and
+    `-` gives (); so does every cell without `numbers`."""
+    text, published = Path(__file__).resolve().parent / "docs" / "study.md", defaultdict(dict)
+    for line in text.read_text(encoding="utf-8").splitlines():
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         if first in TABLES:
-            columns = [word.split("/") if "/" in word else (first, word) for word in words]
-            continue
-        for (table, column), word in zip(columns, words, strict=True):
-            published[table][first][column] = tuple(map(float, re.findall(r"[\d.]+", word)))
+            rows, columns = published[first], cells
+        elif line.startswith("| "):
+            pairs = (tuple(map(float, re.findall(r"[\d.]+", cell))) if numbers else () for cell in cells)
+            rows[first] = dict(zip(columns, pairs, strict=True))
     return published
-
-
-# N. Safiejko, W. Grabias, "Convolutional Neural Networks", 2025; test split of CINIC-10, three seeds (the
-# mixture: one). Hybrid, learning rate and optimizer are from the report behind the slides. Tables keep this
-# order.
-PUBLISHED = read_published("""
-initial         accuracy      recall        precision     f1            loss
-resnet18        0.6775±0.0015 0.6775±0.0015 0.6763±0.0010 0.6752±0.0017 0.9602±0.0293
-densenet121     0.7197±0.0004 0.7194±0.0004 0.7198±0.0002 0.7181±0.0010 0.8725±0.0111
-efficientnet_b0 0.7262±0.0011 0.7262±0.0009 0.7258±0.0011 0.7249±0.0010 0.8138±0.0232
-custom          0.7329±0.0026 0.7329±0.0026 0.7380±0.0013 0.7335±0.0023 0.8443±0.0425
-augmentation    none flip          rotation      crop          jitter        autoaugment   cutout
-resnet18        -    0.6970±0.0030 0.6905±0.0015 0.6848±0.0028 0.6690±0.0025 0.6771±0.0013 0.6827±0.0055
-densenet121     -    0.6548±0.0312 0.7222±0.0026 0.7197±0.0043 0.7151±0.0033 0.6858±0.0118 0.7226±0.0022
-efficientnet_b0 -    0.7374±0.0121 0.7284±0.0008 0.7222±0.0039 0.1711±0.0427 0.7160±0.0025 0.7252±0.0001
-custom          -    0.7565±0.0022 0.7405±0.0013 0.7361±0.0015 0.6114±0.0019 0.7261±0.0051 0.7368±0.0021
-learning-rate   0.002         0.001         0.0005        hybrid/accuracy
-resnet18        0.6775±0.0038 0.7101±0.0014 0.7097±0.0016 0.7063±0.0012
-densenet121     0.6125±0.0081 0.6136±0.0027 0.6018±0.0036 0.6992±0.0103
-efficientnet_b0 0.7110±0.0064 0.7277±0.0024 0.7367±0.0024 0.7321±0.0037
-custom          0.7557±0.0035 0.7643±0.0032 0.7609±0.0043 0.7647±0.0051
-optimizer       accuracy      recall        precision     f1            loss
-adam            0.7643±0.0032 0.7643±0.0032 0.7666±0.0019 0.7629±0.0028 0.6810±0.0102
-adagrad         0.6534±0.0033 0.6534±0.0033 0.6484±0.0031 0.6469±0.0039 0.9785±0.0080
-adamax          0.7593±0.0023 0.7593±0.0023 0.7594±0.0016 0.7567±0.0019 0.6927±0.0036
-weight-decay    0    0.0001        0.0002        0.00005
-resnet18        -    0.6730±0.0020 0.6673±0.0034 0.6753±0.0028
-densenet121     -    0.6667±0.0016 0.6604±0.0026 0.6656±0.0052
-efficientnet_b0 -    0.7210±0.0018 0.7148±0.0020 0.7230±0.0011
-custom          -    0.7290±0.0031 0.7300±0.0081 0.7301±0.0010
-dropout         accuracy      precision
-0               -             -
-0.1             0.7356±0.0022 0.7409±0.0031
-0.2             0.7935±0.0114 0.8003±0.0132
-0.3             0.7411±0.0314 0.7322±0.0401
-0.4             0.7031±0.0218 0.6909±0.0146
-moe             loss          accuracy      f1            precision     recall
-mixture         0.6208        0.8034        0.8036        0.8040        0.8034
-fewshot         accuracy      recall        precision     f1            regular/accuracy
-0.001           0.2095±0.0015 0.2095±0.0015 0.2119±0.0010 0.2080±0.0017 0.1123±0.0083
-0.002           0.2503±0.0004 0.2503±0.0004 0.2537±0.0002 0.2457±0.0010 0.1610±0.0281
-0.005           0.2890±0.0011 0.2890±0.0009 0.2766±0.0011 0.2755±0.0010 0.1833±0.0255
-0.01            0.3283±0.0026 0.3283±0.0026 0.3108±0.0013 0.3093±0.0023 0.2020±0.0162
-0.02            0.3388±0.0026 0.3387±0.0026 0.3271±0.0013 0.3210±0.0023 0.3191±0.0204
-0.05            0.3407±0.0026 0.3407±0.0026 0.3204±0.0013 0.3123±0.0023 0.3960±0.0151
-0.1             0.3505±0.0026 0.3505±0.0026 0.3350±0.0013 0.3274±0.0023 0.4894±0.0116
-""")
 
 
 # Results
@@ -200,35 +152,26 @@ def read_result(path):
     content = json.loads(path.read_text(encoding="utf-8"))
     if content["version"] != 1:
         raise ValueError(f"version {content['version']}, and this program reads version 1")
-    config, history, classes = content["config"], content["history"], content["data"]["classes"]
+    config, name, classes = content["config"], content["data"]["name"], content["data"]["classes"]
     if path.stem != f"seed{config['seed']}":
         raise ValueError(f"the result of seed {config['seed']}")
     script = "fewshot" if "way" in config else "moe" if "train_adapters" in config else "train"
     settings = {key: config.get(key, default) for key, default in DEFAULTS[script].items()}
-    if script != "fewshot" and len(history) != settings["epochs"]:
-        raise ValueError(f"half a run: {len(history)} of {settings['epochs']} epochs")
-    splits = ("train",) if script == "fewshot" else ("train", "valid")
     measured = [content["test"], *(content[part] for part in content.keys() & PARTS.values())]
-    measured += [epoch[split] for epoch in history for split in splits]
+    splits = ("train",) if script == "fewshot" else ("train", "valid")
+    measured += [epoch[split] for epoch in content["history"] for split in splits]
     if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
-    if np.shape(content["confusion"]) != (len(classes), len(classes)):
-        raise ValueError(f"confusion is not of {len(classes)} classes")
-    if script == "moe" and np.shape(content["gate"]) != (len(classes), 1 + len(settings["experts"])):
-        raise ValueError(f"gate is not of {len(classes)} classes and {1 + len(settings['experts'])} experts")
-
-    name, folder, environment = content["data"]["name"], path.parent.name, content["environment"]
-    only = None if config["classes"] is None else data.spec(classes)
+    only, environment = config["classes"] and data.spec(classes), content["environment"]
     args = argparse.Namespace(**settings)
-    names = [name, *re.findall(re.escape(name) + "-[0-9a-f]{8}", folder)]  # older files lack the digits
-    names = [name for name in names if SCRIPTS[script].run_name(args, name, only) == folder]
-    settings = identity(script, settings) | {"data": (names or [name])[0], "classes": only}
+    named = SCRIPTS[script].run_name(args, name, only) == path.parent.name
+    settings = identity(script, settings) | {"data": name, "classes": only}
     if args.amp != "auto":
         settings["compute dtype"] = environment["dtype"]
     common = {**settings, "classes": tuple(classes), "data fingerprint": content["data"]["fingerprint"],
               "dtype": environment["dtype"], "major version of torch": environment["torch"].split(".")[0]}  # fmt: skip
     hash(tuple(common.values()))  # TypeError for a list where none belongs
-    return Run(folder, bool(names), settings, common, []), content
+    return Run(path.parent.name, named, settings, common, []), content
 
 
 def identity(script, settings):
@@ -245,10 +188,10 @@ RECIPES["fewshot"] |= {"way": 5, "shot": 5}  # fewer on small data, by default
 # From results to tables
 
 # A table of one context, {setting: value}; shown: whether it is printed
-View = namedtuple("View", "name table context cells shown")
-# unlike: settings unlike the study's, which the table ignores; values: one per seed; mark: ** for the best,
-# ≈ if not significantly different; published: (mean, std), () or None
-Cell = namedtuple("Cell", "row column run unlike values mark published")
+View = namedtuple("View", "name table context heading cells shown")
+# unlike: settings unlike the study's, which the table ignores; values: one per seed; std: n - 1, NaN for one;
+# mark: ** for the best, ≈ if not significantly different; published: (mean, std), () or None
+Cell = namedtuple("Cell", "row column run unlike values mean std mark published")
 # What is added to a network's name if --pretrained is unlike the study's
 STARTS = {None: "", True: ", pretrained", False: ", from scratch"}
 
@@ -307,7 +250,7 @@ def make_views(found, published, only):
             compared = new if isinstance(table.columns, str) else {row for row, _ in new}
             shown = bool(table.title) and (not context or table is OTHER or len(compared) > 1)
             cells = make_cells(table, context, group, published.get(name, {}))
-            views.append(View(name, table, dict(context), cells, shown))
+            views.append(View(name, table, dict(context), heading(context), cells, shown))
             seen |= {run.name for _, run in group.values()} if shown else set()
     return sorted(views, key=lambda view: (len(view.context), str(view.context)))
 
@@ -323,7 +266,9 @@ def make_cells(table, context, group, published):
         unlike, run = group.get((row, column), ({}, None))
         theirs = published.get(row, {}).get(column) if run and not context and not unlike else None
         ours, marked = values.get((row, column), []), mark(table, (row, column), values)
-        cells.append(Cell(row, column, run, unlike, ours, marked, theirs))
+        mean = np.mean(ours) if ours else math.nan
+        std = np.std(ours, ddof=1) if len(ours) > 1 else math.nan
+        cells.append(Cell(row, column, run, unlike, ours, mean, std, marked, theirs))
     return cells
 
 
@@ -406,11 +351,6 @@ def heading(context):
     return ", ".join(filter(None, [name.get(data_set, data_set), describe(others)]))
 
 
-def mean_and_std(values):
-    """The mean of some numbers and their standard deviation (n - 1), NaN for a single one."""
-    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else math.nan
-
-
 def in_digits(mean, std=math.nan):
     return f"{mean:.4f}" if math.isnan(std) else f"{mean:.4f} ± {std:.4f}"
 
@@ -433,7 +373,7 @@ def print_views(views, latex):
     for view in views:
         if view.context != context:
             context = view.context
-            print(f"{start or '## '}{heading(view.context)}\n")
+            print(f"{start or '## '}{view.heading}\n")
             if context:
                 print(f"{start}Not the study's data and settings: its numbers are not comparable.\n")
         usual = statistics.mode(len(cell.values) for cell in view.cells if cell.values)
@@ -442,8 +382,8 @@ def print_views(views, latex):
         table = tabulate.tabulate(lines, "firstrow", "latex_raw" if latex else "github", **style)
         title, text = view.table.title, explanation(view, usual)
         if latex:
-            caption = plain(f"{title}: {heading(view.context)}, test split. {text}", latex)
-            print(LATEX % (caption, slug(view.name, heading(view.context)), table))
+            caption = plain(f"{title}: {view.heading}, test split. {text}", latex)
+            print(LATEX % (caption, figures.slug(view.name, view.heading), table))
         else:
             print(f"### {title}\n\n{table}\n\n{text}\n")
 
@@ -460,15 +400,15 @@ def written(view, usual):
         cells = list(cells)
         lines.append([row, *[str(len(cells[0].values))] * other])
         for cell in cells:
-            text = in_digits(*mean_and_std(cell.values)) if cell.values else "-"
+            text = in_digits(cell.mean, cell.std) if cell.values else "-"
             text += f" (n = {len(cell.values)})" if len(cell.values) not in (0, usual) and not other else ""
             lines[-1].append(f"**{text}**" if cell.mark == "**" else f"{text} {cell.mark}".strip())
         if table.rows == "step":
-            means[row], above = np.mean(cells[0].values), steps[steps.index(row) - 1]
+            means[row], above = cells[0].mean, steps[steps.index(row) - 1]
             lines[-1].append(f"{means[row] - means[above]:+.4f}" if "+" in row and above in means else "")
         if any(cell.published for cell in cells):
             lines.append(["study", *(in_digits(*cell.published) if cell.published else "" for cell in cells)])
-            gains = (f"{np.mean(c.values) - c.published[0]:+.4f}" if c.published else "" for c in cells)
+            gains = (f"{cell.mean - cell.published[0]:+.4f}" if cell.published else "" for cell in cells)
             lines.append(["difference", *gains])
     return lines
 
@@ -488,205 +428,18 @@ def explanation(view, usual):
     return "; ".join(text) + "."
 
 
-def slug(*words):
-    """A file name or label: letters, digits and single dashes."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", " ".join(words)).strip("-")
-
-
 def print_rows(found):
     """Print CSV, a row for each seed of each run: the settings in which runs differ, and the test metrics."""
     keys = dict.fromkeys(key for run in found for key in run.settings if key not in ("data", "fingerprint"))
     keys = [key for key in keys if len({run.settings.get(key) for run in found}) > 1]
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["run", "seed", "data", "fingerprint", *keys, *METRICS])
+    writer.writerow(["run", "seed", "data", "fingerprint", *keys, *METRICS, "accuracy with mirror images"])
     for run in found:
         settings = ["" if run.settings.get(key) is None else text_of(run.settings[key]) for key in keys]
         for result in run.results:
             first = [run.name, result["config"]["seed"], run.settings["data"], run.common["data fingerprint"]]
-            writer.writerow([*first, *settings, *(result["test"][metric] for metric in METRICS)])
-
-
-# Figures: each function draws cells of a table
-
-
-def draw_lines(figure, lines, xlabel, ylabel, style):
-    """Draw means with error bars of one standard deviation, a panel for each title. Returns the panels' axes.
-
-    lines: {(title, label): (x, mean, std)}, each (points,); std is NaN where there is no bar.
-    """
-    titles, labels = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
-    grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=bool(ylabel)).flat
-    handles = {}
-    for (title, label), points in lines.items():
-        axes, colour = grid[titles.index(title)], f"C{labels.index(label)}"
-        axes.set(title=title if ylabel else None, xlabel=xlabel, ylabel=ylabel or title)
-        handles[label] = axes.errorbar(*points, fmt=style, color=colour, capsize=3)
-    for axes in grid[len(titles) :]:
-        axes.set_visible(False)
-    columns = 5 if max(map(len, labels)) < 12 else 3
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
-    return grid[: len(titles)]
-
-
-def draw_epochs(figure, cells):
-    """Validation accuracy by epoch: a panel per row and a line per column, or one panel with a line per row;
-    of a single run also training and loss. Lines end in error bars, side by side."""
-    series = {(cell.row, cell.column): (cell.run, "valid", "accuracy") for cell in cells}
-    if all(cell.column == "accuracy" for cell in cells):
-        series = {("", row): what for (row, _), what in series.items()}
-    if len(cells) == 1:
-        whats = itertools.product(("accuracy", "loss"), ("train", "valid"))
-        series = {(metric, part): (cells[0].run, part, metric) for metric, part in whats}
-    lines, labels = {}, list(dict.fromkeys(label for _, label in series))
-    for (title, label), (run, part, metric) in series.items():
-        values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
-        epochs, (mean, std) = values.shape[1], mean_and_std(values[:, -1])
-        end = epochs * (1.03 + 0.03 * labels.index(label))
-        lines[title, label] = (
-            [*range(1, epochs + 1), end],
-            [*values.mean(0), mean],
-            [*[math.nan] * epochs, std],
-        )
-    draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
-
-
-def draw_accuracy(figure, cells):
-    """Test accuracy by column, a panel per row; or by fraction, a line per column."""
-    by_fraction = all(cell.row in PUBLISHED["regular"] for cell in cells)
-    known = PUBLISHED["regular"] if by_fraction else PUBLISHED["augmentation"]["custom"]
-    ticks = in_order((cell.row if by_fraction else cell.column for cell in cells), known, (), known)
-    lines = defaultdict(list)
-    for cell in cells:
-        name, tick = (("", cell.column), cell.row) if by_fraction else ((cell.row, "accuracy"), cell.column)
-        lines[name].append((ticks.index(tick), *mean_and_std(cell.values)))
-    lines = {name: zip(*points, strict=True) for name, points in lines.items()}
-    xlabel = "share of the training images" if by_fraction else None
-    for axes in draw_lines(figure, lines, xlabel, "test accuracy", "o-" if by_fraction else "o"):
-        axes.set_xticks(range(len(ticks)), ticks, rotation=30, ha="right")
-        axes.set_xlim(-0.5, len(ticks) - 0.5)
-
-
-def draw_confusion(figure, cells):
-    names, axes = cells[0].run.results[0]["data"]["classes"], figure.subplots()
-    counts = sum(np.array(result["confusion"]) for result in cells[0].run.results)
-    share, few = counts / counts.sum(1, keepdims=True).clip(1), len(names) <= 20
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), value in np.ndenumerate(share if few else np.zeros((0, 0))):
-        colour = "white" if value > 0.5 else "black"
-        axes.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=9)
-    shown = slice(None, None, 1 if few else 5)
-    axes.set_xticks(range(len(names))[shown], names[shown], rotation=45, ha="right")
-    axes.set_yticks(range(len(names))[shown], names[shown])
-    axes.set(xlabel="predicted class", ylabel="true class (each row sums to 100 %)")
-    axes.grid(False)
-
-
-def draw_gate(figure, cells):
-    run, axes = cells[0].run, figure.subplots()
-    names = run.results[0]["data"]["classes"]
-    weights = np.mean([result["gate"] for result in run.results], axis=0)  # (classes, experts)
-    left = np.cumsum(weights, axis=1) - weights
-    for number, expert in enumerate(("base", *map(moe.group_name, run.settings["experts"]))):
-        axes.barh(range(len(names)), weights[:, number], left=left[:, number], label=expert)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.set(xlabel="mean weight of the expert", ylabel="true class", xlim=(0, 1))
-    figure.legend(loc="outside lower center", frameon=False)
-
-
-def draw_samples(figure, dataset, names, count):
-    """A row for each augmentation: the first training image, and `count` random draws."""
-    image, generator, rows = dataset.train.images[:1].cpu(), torch.Generator().manual_seed(8), []
-    for name in names:
-        drawn = image.expand(count, -1, -1, -1)
-        for function in augment.parse(name, dataset.mean)[-1]:
-            drawn = function(drawn, generator)
-        row = torch.nn.functional.pad(torch.cat([image, drawn]), (2, 2, 2, 2), value=255)
-        rows.append(torch.cat(list(row), dim=2))  # (3, 36, 36 * (1 + count))
-    axes = figure.subplots()
-    axes.imshow(torch.cat(rows, dim=1).permute(1, 2, 0), interpolation="nearest")
-    axes.set_yticks([36 * row + 18 for row in range(len(names))], names)
-    axes.set_xticks([])
-    axes.spines[:].set_visible(False)
-    axes.grid(False)
-
-
-FIGURES = {  # for a table: file name, function, row of the cell it draws (None: all), size in inches, title
-    "overfitting": ("overfitting", draw_epochs, "custom", (9, 4.4), "Overfitting, custom network"),
-    "initial": ("confusion", draw_confusion, "custom", (6.4, 6), "Confusion matrix, custom network"),
-    "augmentation": ("augmentation-accuracy", draw_accuracy, None, (9, 7.4), "Augmentation"),
-    "learning-rate": ("learning-rate", draw_epochs, None, (9, 7), "Learning rate, on hybrid augmentation"),
-    "optimizer": ("optimizer", draw_epochs, None, (6.4, 5), "Optimizer, custom network on hybrid"),
-    "weight-decay": ("weight-decay", draw_epochs, None, (9, 7), "Weight decay"),
-    "dropout": ("dropout", draw_epochs, None, (6.4, 5), "Dropout, custom network on hybrid"),
-    "moe": ("moe-gate", draw_gate, "mixture", (6.4, 5), "Gate of the mixture of custom networks"),
-    "beyond-moe": ("beyond-moe-gate", draw_gate, "mixture", (6.4, 5), "Gate of the mixture, trained adapters"),
-    "beyond-fewshot": ("fewshot", draw_accuracy, None, (7.4, 5.6), "Few-shot embedding and custom network"),
-}  # fmt: skip
-
-
-def drawn_cells(view):
-    """The cells that a figure shows: a row's accuracy, or all cells that can be compared with another."""
-    cells, by_setting = [cell for cell in view.cells if cell.values], isinstance(view.table.columns, str)
-    row = FIGURES[view.name][2]
-    cells = [cell for cell in cells if by_setting or (cell.column == "accuracy" and row in (None, cell.row))]
-    counts = Counter(by_setting and cell.row for cell in cells)
-    return [cell for cell in cells if row or counts[by_setting and cell.row] > 1]
-
-
-def draw_figures(views, found, folder, with_samples):
-    """Save every figure that has results, as PNG and, without a title, as PDF. If a table has several, their
-    names include the context."""
-    try:
-        import matplotlib.style
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RuntimeError("figures need matplotlib: pip install matplotlib") from None
-
-    def save(name, size, title, draw, *what):
-        figure, path = Figure(figsize=size, layout="constrained"), folder / f"{name}.png"
-        draw(figure, *what)
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-        figure.suptitle(title, fontsize=11)
-        figure.savefig(path, dpi=130)
-        print(path, file=sys.stderr)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    # Nothing depends on matplotlibrc, and no text is mathematics. Colours for colour-blind readers
-    style = {"text.parse_math": False, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3,
-             "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
-    matplotlib.style.use(["default", "tableau-colorblind10", style])
-    drawn, seen = [], set()
-    for view in views:
-        cells = drawn_cells(view) if view.name in FIGURES else []
-        used = {cell.run.name for cell in cells}
-        if view.shown and used or not used <= seen:  # a table that is not printed adds something to see
-            drawn.append((view, cells))
-            seen |= used
-    count = Counter(view.name for view, _ in drawn)
-    for view, cells in drawn:
-        file, draw, _, size, title = FIGURES[view.name]
-        context = heading(view.context)
-        n = "–".join(map(str, sorted({len(cell.values) for cell in cells})))
-        what = "mean" if draw in (draw_confusion, draw_gate) else "mean ± std"
-        title = f"{title}\n{context}; {what} over seeds, n = {n}"
-        save(slug(file, context if count[view.name] > 1 else ""), size, title, draw, cells)
-    if with_samples:
-        dataset = samples_of(found[0])
-        title = f"{dataset.name}\na training image, and random draws of augmentations"
-        save("augmentation", (5.4, 4), title, draw_samples, dataset, ("cutout", "autoaugment", "jitter"), 3)
-        save("augmentation-all", (11.7, 10.3), title, draw_samples, dataset, augment.NAMES[1:], 8)
-
-
-def samples_of(run):
-    """The data set of a run if it is here and decoded, else `synthetic`."""
-    config = run.results[0]["config"]
-    decoded = [file.name for file in Path(config["root"], "cache").expanduser().glob("*.pt")]
-    if any(name.startswith(Path(config["data"]).name) for name in decoded):
-        # What it prints is no part of the tables
-        with contextlib.suppress(ValueError, OSError, RuntimeError), contextlib.redirect_stdout(sys.stderr):
-            return data.load(config["data"], config["root"])
-    return data.load("synthetic")
+            mirrored = result.get("test_tta", {}).get("accuracy")
+            writer.writerow([*first, *settings, *(result["test"][metric] for metric in METRICS), mirrored])
 
 
 def main():
@@ -705,7 +458,7 @@ def main():
     if not found:
         what = "no results in" if folder.is_dir() else "there is no folder"
         raise RuntimeError(f"{what} {folder}: run train.py or run_all.sh first")
-    views = make_views(found, {} if args.no_published else PUBLISHED, only)
+    views = make_views(found, read_published(not args.no_published), only)
     printed = [view for view in views if view.shown]
     if not printed and not views:
         raise RuntimeError(f"--only {args.only}: no run in {folder} belongs there")
@@ -719,7 +472,7 @@ def main():
     except BrokenPipeError:  # the reader, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if args.figures:
-        draw_figures(views, found, args.figures.expanduser(), "augmentation" in only)
+        figures.draw(views, args.figures.expanduser(), found[0] if "augmentation" in only else None)
 
 
 if __name__ == "__main__":
