@@ -43,9 +43,6 @@ for line in sys.stdin:
             runpy.run_path(os.path.join(request["house"], request["script"]), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
         except BaseException:
             traceback.print_exc()
             status = 1

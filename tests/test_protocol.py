@@ -263,7 +263,7 @@ def test_epochs_chunks_and_seeds_differ_and_a_seed_repeats(spy, monkeypatch):
         assert inputs.movedim(1, 3).flatten(1, 2)[changed].abs().max() < 0.02  # filled with the mean
         masks = [mask for _, mask in spy.masks[12 * number :][:12]]
         epochs.append(Seen(order=order, changed=changed, masks=masks, weight=passes[3 * number].weight))
-    for a, b in ((0, 1), (2, 3), (0, 2)):
+    for a, b in ((0, 1), (2, 3), (0, 2), (1, 2)):
         a, b = epochs[a], epochs[b]
         first, second = a.order.argsort(), b.order.argsort()
         assert not torch.equal(a.order, b.order) and torch.equal(a.order[first], b.order[second])
