@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# pytest-xdist workers share the cores. Torch reads the variable when it is imported, which a plugin may have done
+# pytest-xdist workers share the cores. Torch reads the variable when imported, which a plugin may have done
 share = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 given = os.environ.get("OMP_NUM_THREADS", "")
 threads = min(share, int(given)) if given.isdecimal() and int(given) else share
@@ -181,7 +181,7 @@ class Reads(TorchDispatchMode):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none. Run tests that start no script first: most failures then show within
+    """Skip what needs a GPU where there is none. What starts no script runs first: most failures then show within
     a minute."""
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
