@@ -181,8 +181,7 @@ class Reads(TorchDispatchMode):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none. What starts no script runs first: most failures then show within
-    a minute."""
+    """Skip what needs a GPU where there is none. What starts no script runs first: most failures show early."""
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
