@@ -56,8 +56,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def forks():
     command = [sys.executable, "-c", SERVER]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         process.stdin.close()
 
@@ -85,8 +84,7 @@ def one_line():
     def check(process, status, *words):
         assert process.returncode == status, process.stderr
         assert process.stderr.count("\n") == 1 and "Traceback" not in process.stderr, process.stderr
-        for word in words:
-            assert word in process.stderr
+        assert all(word in process.stderr for word in words), process.stderr
 
     return check
 
@@ -181,7 +179,7 @@ class Reads(TorchDispatchMode):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none. What starts no script runs first: most failures show early."""
+    """Skip what needs a GPU where there is none. What starts no script runs first: it shows most failures."""
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

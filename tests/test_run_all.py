@@ -158,8 +158,7 @@ def test_failed_runs_do_not_stop_the_others_and_are_named_at_the_end(house, tmp_
     assert "| a table |" in process.stdout and process.stdout.count("accuracy 0.25") == 2
     _, *failed = process.stdout[process.stdout.index("Failed:") :].split("\n\n")
     densenet121, resnet18 = sorted(text.rstrip() for text in failed)
-    trouble = ".log: failed (exit status 1): ZeroDivisionError: division by zero"
-    assert "--arch resnet18 " in resnet18 and resnet18.endswith(trouble)
+    assert "--arch resnet18 " in resnet18 and ".log: failed (exit status 1): ZeroDivisionError: " in resnet18
     assert "--arch densenet121 " in densenet121 and "exit status 137" in densenet121
 
 
@@ -218,19 +217,17 @@ def test_a_clone_with_windows_line_endings_starts(tmp_path):
 
 
 def test_stopped_half_way_and_started_again_it_ends_with_the_same_files(tmp_path):
-    words = "--only optimizer --data synthetic-small --seeds 1 --jobs 2 -- --epochs 2 --fraction 0.1"
-    whole, stopped = tmp_path / "whole" / "results", tmp_path / "stopped" / "results"
-    for folder in (whole, stopped):
-        folder.mkdir(parents=True)
+    words = "--only optimizer --data synthetic-small --seeds 1 --jobs 2 --out {} -- --epochs 2 --fraction 0.1"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     (tmp_path / "matplotlib.py").write_text("raise ImportError")  # figures take longer than these runs
     bare = {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    assert run_all(words, HOUSE, whole.parent, **bare).returncode == 0
-    process = start(words, HOUSE, stopped.parent, **bare)
+    assert run_all(words.format(whole), HOUSE, tmp_path, **bare).returncode == 0
+    process = start(words.format(stopped), HOUSE, tmp_path, **bare)
     while not list(stopped.glob("*/seed1.json")):
         time.sleep(0.1)
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 143 and len(list(stopped.glob("*/seed1.json"))) < 3
-    assert run_all(words, HOUSE, stopped.parent, **bare).returncode == 0
+    assert run_all(words.format(stopped), HOUSE, tmp_path, **bare).returncode == 0
     assert_same_bits(whole, stopped)
     assert (whole / "tables.md").read_text() == (stopped / "tables.md").read_text()
