@@ -1,12 +1,13 @@
 """What the tests share: running scripts as a user does, and small folders of real image files."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-# pytest-xdist workers share the cores. Torch reads the variable when it is imported, which a plugin may have done
+# pytest-xdist workers share the cores. Torch reads the variable when imported, which a plugin may have done
 share = max(1, os.cpu_count() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 given = os.environ.get("OMP_NUM_THREADS", "")
 threads = min(share, int(given)) if given.isdecimal() and int(given) else share
@@ -42,9 +43,6 @@ for line in sys.stdin:
             runpy.run_path(os.path.join(request["house"], request["script"]), run_name="__main__")
         except SystemExit as stop:
             status = stop.code or 0
-            if isinstance(status, str):
-                print(status, file=sys.stderr)
-                status = 1
         except BaseException:
             traceback.print_exc()
             status = 1
@@ -58,8 +56,7 @@ for line in sys.stdin:
 @pytest.fixture(scope="session")
 def forks():
     command = [sys.executable, "-c", SERVER]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         yield process
         process.stdin.close()
 
@@ -69,18 +66,10 @@ def run(tmp_path, tmp_path_factory, forks):
     """run("train.py", "--epochs", 1, ...) -> CompletedProcess, in an empty folder; `code` runs first."""
 
     def run(script, *arguments, code=None, cwd=tmp_path, **environment):
-        shown = tmp_path_factory.mktemp("shown")
-        arguments = list(map(str, arguments))
-        request = {
-            "script": script,
-            "arguments": arguments,
-            "code": code,
-            "cwd": str(cwd),
-            "house": str(HOUSE),
-        }
-        request |= {"environment": {**os.environ, **environment}, "shown": str(shown)}
-        forks.stdin.write(json.dumps(request) + "\n")
-        forks.stdin.flush()
+        shown, arguments = tmp_path_factory.mktemp("shown"), list(map(str, arguments))
+        request = {"script": script, "arguments": arguments, "code": code, "cwd": cwd, "shown": shown}
+        request |= {"house": HOUSE, "environment": {**os.environ, **environment}}
+        print(json.dumps(request, default=str), file=forks.stdin, flush=True)
         status = int(forks.stdout.readline())
         output, errors = ((shown / name).read_text() for name in ("output", "errors"))
         return subprocess.CompletedProcess([script, *arguments], status, output, errors)
@@ -95,8 +84,7 @@ def one_line():
     def check(process, status, *words):
         assert process.returncode == status, process.stderr
         assert process.stderr.count("\n") == 1 and "Traceback" not in process.stderr, process.stderr
-        for word in words:
-            assert word in process.stderr
+        assert all(word in process.stderr for word in words), process.stderr
 
     return check
 
@@ -105,17 +93,14 @@ def one_line():
 def image_folder(tmp_path):
     """image_folder(classes, counts) -> a folder of random PNG files in the layout of CINIC-10."""
 
-    def make(
-        classes=("cat", "dog"), splits=(("train", 6), ("valid", 2), ("test", 3)), size=32, name="images"
-    ):
+    def make(classes=("cat", "dog"), splits=(("train", 6), ("valid", 2), ("test", 3)), name="images"):
         generator = np.random.default_rng(0)
-        for split, count in splits:
-            for kind in classes:
-                folder = tmp_path / name / split / kind
-                folder.mkdir(parents=True)
-                for i in range(count):
-                    pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
-                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        for (split, count), kind in itertools.product(splits, classes):
+            folder = tmp_path / name / split / kind
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
         return tmp_path / name
 
     return make
@@ -135,27 +120,21 @@ def results(folder):
         result = json.loads(path.read_text())
         for entry in result["history"]:
             del entry["seconds"], entry["images_per_second"]
-        for name in ("seconds", "peak_memory_bytes"):
-            del result[name]
+        del result["seconds"], result["peak_memory_bytes"]
         for name in ("out", "force", "root", "graph", "checkpoint_every"):
             del result["config"][name]
         found[str(path.relative_to(folder))] = result
     return found
 
 
-def weights(folder):
-    return {
-        str(path.relative_to(folder)): torch.load(path, weights_only=True)["state_dict"]
-        for path in sorted(folder.rglob("*.pt"))
-    }
-
-
 def assert_same_bits(first, second):
+    """In every result and weights file below two folders."""
     assert results(first) == results(second)
-    ours, theirs = weights(first), weights(second)
-    assert ours.keys() == theirs.keys() and ours
-    for name, state in ours.items():
-        assert all(torch.equal(value, theirs[name][key]) for key, value in state.items())
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*.pt")) for folder in (first, second)]
+    assert files[0] == files[1] != []
+    for name in files[0]:
+        both = (torch.load(folder / name, weights_only=True)["state_dict"] for folder in (first, second))
+        torch.testing.assert_close(*both, rtol=0, atol=0)
 
 
 class FarDevice(TorchDispatchMode):
@@ -167,26 +146,20 @@ class FarDevice(TorchDispatchMode):
         self.reads = []
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        keywords = keywords or {}
-        name = function.overloadpacket.__name__
-        far = any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments)
-        if far and name in ("_local_scalar_dense", "is_nonzero", "equal"):
-            self.reads.append(name)
-            return 1.0 if arguments[0].is_floating_point() else 1
-        if far and name in ("_to_copy", "copy_") and self.leaves(name, arguments, keywords):
-            self.reads.append(name)
-            return torch.ones(arguments[-1].shape, dtype=keywords.get("dtype") or arguments[-1].dtype)
+        keywords, name = keywords or {}, function.overloadpacket.__name__
+        if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments):
+            to = arguments[0].device if name == "copy_" else name == "_to_copy" and keywords.get("device")
+            if name in ("_local_scalar_dense", "is_nonzero", "equal"):
+                self.reads.append(name)
+                return 1.0 if arguments[0].is_floating_point() else 1
+            if to and torch.device(to).type == "cpu":
+                self.reads.append(name)
+                return torch.ones(arguments[-1].shape, dtype=keywords.get("dtype") or arguments[-1].dtype)
         result = function(*arguments, **keywords)
         for tensor in result if isinstance(result, tuple | list) else [result]:
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 assert tensor.dtype != torch.float64, f"{name} makes float64 on the device"
         return result
-
-    @staticmethod
-    def leaves(name, arguments, keywords):
-        if name == "_to_copy":
-            return keywords.get("device") is not None and torch.device(keywords["device"]).type == "cpu"
-        return not arguments[0].is_meta
 
 
 class Reads(TorchDispatchMode):
@@ -198,24 +171,15 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         name = function.overloadpacket.__name__
-        if name in (
-            "_local_scalar_dense",
-            "is_nonzero",
-            "equal",
-            "nonzero",
-            "masked_select",
-            "unique_dim",
-            "_unique2",
-        ):
+        waiting = "_local_scalar_dense is_nonzero equal nonzero masked_select unique_dim _unique2"
+        by_bool = name == "index" and any(t is not None and t.dtype == torch.bool for t in arguments[1])
+        if name in waiting.split() or by_bool:
             self.reads.append(name)
-        if name == "index" and any(t is not None and t.dtype == torch.bool for t in arguments[1]):
-            self.reads.append("index by bool")
         return function(*arguments, **(keywords or {}))
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what needs a GPU where there is none. Run tests that start no script first: most failures then show within
-    a minute."""
+    """Skip what needs a GPU where there is none. What starts no script runs first: it shows most failures."""
     for item in items:
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
