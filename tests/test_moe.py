@@ -82,7 +82,7 @@ def test_each_seed_has_its_own_experts_weights_and_order(monkeypatch):
 
 def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
     folder = image_folder("abcd", (("train", 4), ("valid", 2), ("test", 3)))
-    command = ("moe.py", "--data", folder, "--epochs", 1, "--experts", "c,a", " b,d")
+    command = ("moe.py", "--data", folder, "--epochs", 1, "--adapter-width", 16, "--experts", "c,a", " b,d")
     process = run(*command, "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
     assert ["true", "class", "base", "a+c", "b+d"] in map(str.split, process.stdout.splitlines())
@@ -90,7 +90,7 @@ def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
     result = json.loads(path.read_text())
     name, expert = result["data"]["name"], "custom-hybrid-{}-{}epochs1-dropout0.2"
     names = {expert.format(name, part) for part in ("", "only-a+c-", "only-b+d-")}
-    assert path.parent.name == f"moe-{name}-epochs1-experts-a+c_b+d"
+    assert path.parent.name == f"moe-{name}-epochs1-experts-a+c_b+d-width16"
     assert {path.name for path in (tmp_path / "a").glob("[!.]*")} == {*names, path.parent.name}
     assert result["config"]["experts"] == ["a,c", "b,d"]
     assert np.sum(result["gate"], 1) == pytest.approx(np.ones(4), abs=1e-5)
