@@ -161,15 +161,10 @@ def plain_transform(*augmentations):
 
 
 def plain_loader(folder, batch_size, device):
-    return torch.utils.data.DataLoader(
-        datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip())),
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=min(8, torch.get_num_threads()),
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-    )
+    dataset = datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip()))
+    options = {"shuffle": True, "drop_last": True, "pin_memory": device.type == "cuda"}
+    options |= {"num_workers": min(8, torch.get_num_threads()), "persistent_workers": True}
+    return torch.utils.data.DataLoader(dataset, batch_size, **options)
 
 
 def plain_training(model, batches, device):

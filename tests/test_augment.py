@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -295,8 +296,7 @@ def test_names_that_cannot_be_used_are_rejected():
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_every_image_and_every_call_is_drawn_anew_and_a_seed_repeats(name):
     function = augment.AUGMENTATIONS[name]
-    image = data.synthetic((10, 10, 10)).train.images[3]
-    images = image.expand(64, -1, -1, -1)
+    images = data.synthetic((10, 10, 10)).train.images[3].expand(64, -1, -1, -1)
     generator = torch.Generator().manual_seed(1)
     first, second = function(images, generator), function(images, generator)
     assert len(first.flatten(1).unique(dim=0)) > (1 if name == "flip" else 5)
@@ -341,26 +341,21 @@ STREAMS = [*UPLOADS, "hybrid", "translate+autoaugment", "+".join(UPLOADS)]
 
 @pytest.mark.parametrize("name", STREAMS)
 def test_on_a_device_there_is_no_float64_no_read_and_few_copies_of_parameters(name, monkeypatch):
-    uploaded, upload, tensor = [], augment._upload, torch.tensor
+    tensor = torch.tensor
 
     def as_on_cuda(*values, device="cpu", **options):  # on "meta" nothing would be copied
         return tensor(*values, **options).to(device)
 
-    def counted(parameters, device):
-        uploaded.append(parameters.device != device)
-        return upload(parameters, device)
-
     monkeypatch.setattr(torch, "tensor", as_on_cuda)
-    monkeypatch.setattr(augment, "_upload", counted)
     bound = sum(UPLOADS[part] for part in name.replace("hybrid", "flip+rotation+crop+cutout").split("+"))
     for stream in augment.parse(name, MEAN):
         images = torch.empty(300, 3, 20, 33, dtype=torch.uint8, device="meta")
-        uploaded.clear()
-        with Watch() as watch:
+        with Watch() as watch, mock.patch.object(augment, "_upload", wraps=augment._upload) as upload:
             images = apply(stream, images)
+        uploads = [call for call in upload.call_args_list if call.args[0].device != call.args[1]]
         assert images.is_meta and images.dtype == torch.uint8
         assert 1 <= watch.copies <= bound
-        assert watch.copies == sum(uploaded)  # each by _upload, which pins memory for CUDA
+        assert watch.copies == len(uploads)  # each by _upload, which pins memory for CUDA
 
 
 @pytest.mark.cuda
