@@ -191,7 +191,7 @@ def plain_training(model, batches, device):
 
 
 def plain_episodes(folder, count, options):
-    """A function that yields `count` episodes like fewshot.episodes, from images decoded and augmented singly."""
+    """A function that yields `count` episodes as fewshot.py has them, images decoded and augmented singly."""
     policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     support_set = datasets.ImageFolder(folder, plain_transform())
     query_set = datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip(), policy))
@@ -266,8 +266,8 @@ TORCHVISION = {
 
 
 def benchmark_augment(args):
-    """Images/s of every augmentation, at three batch sizes, of which --images is the largest. torchvision gets
-    one PIL image at a time, or one tensor for cutout, which takes no PIL images."""
+    """Images/s of every augmentation, at three batch sizes, of which --images is the largest. torchvision
+    takes one PIL image at a time, or one tensor for cutout."""
     undo_repeatable()  # torchvision does not support deterministic mode
     drawn = data.synthetic((1024, 10, 10)).train.images
     tensors = list(drawn[:PER_IMAGE].to(args.device))
@@ -362,8 +362,8 @@ def main():
     add("what", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="(default: %(default)s)")
     add("--device", default="auto", help="as for train.py (default: %(default)s)")
     add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
-    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in the "
-        "file or folder (default: enough for a steady rate)")  # fmt: skip
+    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in "
+        "the folder (default: enough for a steady rate)")  # fmt: skip
     add("--json", type=Path, help="also write the figures to this file, row by row")
     args = parser.parse_args()
     given, args.device = args.images, runs.use_device(args.device)

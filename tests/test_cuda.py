@@ -1,4 +1,4 @@
-"""What only a CUDA GPU can show: `pytest -m cuda -n 0` runs it, in one process, since CUDA takes seconds to start."""
+"""What only a CUDA GPU can show: `pytest -m cuda -n 0`, in one process, since CUDA takes seconds to start."""
 
 import re
 import signal

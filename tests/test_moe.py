@@ -46,12 +46,12 @@ def test_features_for_trained_adapters_are_in_the_compute_dtype():
 def test_experts_share_every_setting_that_both_scripts_have(monkeypatch):
     asked = []
     monkeypatch.setattr(runs, "run_seeds", lambda args, *_: asked.append(args) or 1 / 0)
-    shared = ["--data=synthetic", "--root=r", "--fraction=0.5", "--epochs=3", "--batch-size=8", "--lr=0.002", "--optimizer=sgd",
-              "--momentum=0.9", "--weight-decay=0.1", "--schedule=onecycle", "--label-smoothing=0.1", "--out=o", "--amp=off"]  # fmt: skip
+    shared = "--data synthetic --root r --fraction 0.5 --epochs 3 --batch-size 8 --lr 0.002 --optimizer sgd "
+    shared += "--momentum 0.9 --weight-decay 0.1 --schedule onecycle --label-smoothing 0.1 --out o --amp off"
     with pytest.raises(ZeroDivisionError):
-        moe.expert(moe.parse_arguments([*shared, "--seed=4", "--force"]), 3, "cat,dog")
-    own = ["--aug=hybrid", "--dropout=0.2", "--seed=3", "--classes=cat,dog"]
-    assert asked == [train.parse_arguments([*shared, *own])]
+        moe.expert(moe.parse_arguments(f"{shared} --seed 4 --force".split()), 3, "cat,dog")
+    own = f"{shared} --aug hybrid --dropout 0.2 --seed 3 --classes cat,dog"
+    assert asked == [train.parse_arguments(own.split())]
 
 
 def test_each_seed_has_its_own_experts_weights_and_order(monkeypatch):
