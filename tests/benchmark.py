@@ -3,20 +3,18 @@
     python tests/benchmark.py                            # everything, or one or several of these:
     python tests/benchmark.py train                      # every architecture, against plain PyTorch
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
-    python tests/benchmark.py augment                    # every augmentation, against other libraries
-    python tests/benchmark.py data                       # decoding, and batches
+    python tests/benchmark.py augment                    # every augmentation, against torchvision
+    python tests/benchmark.py data                       # decoding
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
 
 Our training is `train.fit` itself; its rate comes from its history. Plain PyTorch is training as usually
 written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
-Kornia is measured if it is installed. Files are written to a temporary folder only.
+Files are written to a temporary folder only.
 """
 
-import argparse
 import contextlib
 import functools
-import importlib.util
 import io
 import itertools
 import json
@@ -45,7 +43,7 @@ import models
 import runs
 import train
 
-PER_IMAGE = 64  # images for libraries that process one at a time: their rate does not depend on the number
+PER_IMAGE = 64  # images for torchvision, which takes one at a time: its rate does not depend on the number
 FILES = 4000  # image files decoded, at most
 EPISODE = 75  # images: five support and ten query images of each of five classes
 
@@ -89,20 +87,17 @@ def compare(what, ways, rounds, warm_up=1):
 
 
 def shown(value):
-    return "-" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def show(rows):
-    names = list(dict.fromkeys(name for row in rows for name in row["values"]))
     table = []
     for row in rows:
-        table.append([row["what"], *(shown(row["values"].get(name)) for name in names)])
+        table.append({"": row["what"], **{name: shown(value) for name, value in row["values"].items()}})
         if "ratio" in row:
-            table[-1].append(f"{row['ratio']:.1f}x {row['best']}")
-    columns = max(map(len, table))
-    headers = ["", *names, "ours / fastest other"][:columns]
-    align = ["left", *["right"] * len(names), "left"][:columns]
-    print(tabulate.tabulate(table, headers, tablefmt="github", disable_numparse=True, colalign=align))
+            table[-1]["ours / fastest other"] = f"{row['ratio']:.1f}x {row['best']}"
+    columns = {"tablefmt": "github", "colalign": ["left"], "stralign": "right"}
+    print(tabulate.tabulate(table, "keys", disable_numparse=True, missingval="-", **columns))
 
 
 # Ours
@@ -166,22 +161,17 @@ def plain_transform(*augmentations):
 
 
 def plain_loader(folder, batch_size, device):
-    return torch.utils.data.DataLoader(
-        datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip())),
-        batch_size=batch_size,
-        shuffle=True,
-        drop_last=True,
-        num_workers=min(8, torch.get_num_threads()),
-        persistent_workers=True,
-        pin_memory=device.type == "cuda",
-    )
+    dataset = datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip()))
+    options = {"shuffle": True, "drop_last": True, "pin_memory": device.type == "cuda"}
+    options |= {"num_workers": min(8, torch.get_num_threads()), "persistent_workers": True}
+    return torch.utils.data.DataLoader(dataset, batch_size, **options)
 
 
-def plain_training(loader, arch, device):
-    """A function that trains for one epoch, as usually written."""
-    model = models.build(arch).to(device)
+def plain_training(model, batches, device):
+    """A function that trains on what batches() yields, as usually written."""
+    model = model.to(device)
     for layer in model.modules():
-        if isinstance(layer, torch.nn.Conv2d):
+        if isinstance(layer, models.Convolution):
             layer.__class__ = torch.nn.Conv2d  # not ours
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
 
@@ -189,7 +179,7 @@ def plain_training(loader, arch, device):
         undo_repeatable()
         model.train()
         total = 0.0
-        for images, labels in loader:
+        for images, labels in batches():
             images, labels = images.to(device), labels.to(device)
             loss = F.cross_entropy(model(images), labels)
             optimizer.zero_grad()
@@ -200,42 +190,24 @@ def plain_training(loader, arch, device):
     return epoch
 
 
-class PlainAttention(torch.nn.MultiheadAttention):
-    def forward(self, tokens):
-        return super().forward(tokens, tokens, tokens)[0]
-
-
-def plain_episodes(folder, count, options, device):
-    """A function that trains on `count` episodes, as usually written: images decoded and augmented singly,
-    PyTorch's attention, support and query images embedded separately."""
+def plain_episodes(folder, count, options):
+    """A function that yields `count` episodes as fewshot.py has them, images decoded and augmented singly."""
     policy = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10)
     support_set = datasets.ImageFolder(folder, plain_transform())
     query_set = datasets.ImageFolder(folder, plain_transform(transforms.RandomHorizontalFlip(), policy))
     rows = [[i for i, label in enumerate(support_set.targets) if label == c] for c in range(10)]
-    model = models.FewShotEmbedding()
-    model.attention = PlainAttention(64, 2, batch_first=True)
-    model = model.to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    labels = torch.arange(options.way, device=device).repeat_interleave(options.query)
+    labels = torch.arange(options.way).repeat_interleave(options.query)
 
-    def epoch():
-        undo_repeatable()
-        total = 0.0
+    def episodes():
         for _ in range(count):
             support, query = [], []
             for label in random.sample(range(10), options.way):
                 chosen = random.sample(rows[label], options.shot + options.query)
                 support += [support_set[i][0] for i in chosen[: options.shot]]
                 query += [query_set[i][0] for i in chosen[options.shot :]]
-            prototypes = model(torch.stack(support).to(device)).view(options.way, options.shot, -1).mean(1)
-            logits = -torch.cdist(model(torch.stack(query).to(device)), prototypes).square()
-            loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.item()
+            yield torch.stack(support + query), labels
 
-    return epoch
+    return episodes
 
 
 # The benchmarks: each takes args (device, rounds, images, folder) and yields its table rows
@@ -257,7 +229,8 @@ def benchmark_train(args):
         for name, more in ours.items():
             run = our_run(args, dataset, train.parse_arguments, *options, *more)
             ways[name] = our_training(run, steps)
-        ways["plain PyTorch"] = per_second(steps * batch_size, plain_training(loader, arch, args.device))
+        plain = plain_training(models.build(arch), loader.__iter__, args.device)
+        ways["plain PyTorch"] = per_second(steps * batch_size, plain)
         yield compare(arch, ways, args.rounds)
 
 
@@ -275,85 +248,58 @@ def benchmark_fewshot(args):
         return outcome["history"][-1]["images_per_second"] / EPISODE
 
     count = max(1, episodes // 10)
-    plain = per_second(count, plain_episodes(folder, count, run.args, args.device))
-    yield compare("episodes/s", {"ours": ours, "plain loop": plain}, args.rounds)
+    network = fewshot.Prototypes(models.FewShotEmbedding(), 5, 5)
+    plain = plain_training(network, plain_episodes(folder, count, run.args), args.device)
+    ways = {"ours": ours, "plain loop": per_second(count, plain)}
+    yield compare("episodes/s", ways, args.rounds)
+
+
+TORCHVISION = {
+    "flip": transforms.RandomHorizontalFlip(),
+    "rotation": transforms.RandomRotation(15),
+    "crop": transforms.RandomResizedCrop(32, scale=(0.8, 1.0)),
+    "jitter": transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
+    "autoaugment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
+    "cutout": transforms.RandomErasing(p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3)),
+    "translate": transforms.RandomCrop(32, padding=4),
+}
 
 
 def benchmark_augment(args):
-    """Images/s of every augmentation, at three batch sizes, of which --images is the largest."""
-    undo_repeatable()  # the other libraries do not support deterministic mode
+    """Images/s of every augmentation, at three batch sizes, of which --images is the largest. torchvision
+    takes one PIL image at a time, or one tensor for cutout."""
+    undo_repeatable()  # torchvision does not support deterministic mode
     drawn = data.synthetic((1024, 10, 10)).train.images
+    tensors = list(drawn[:PER_IMAGE].to(args.device))
+    pictures = [transforms.functional.to_pil_image(image) for image in drawn[:PER_IMAGE]]
     for count in sorted({min(size, args.images) for size in (64, 1024, args.images)}):
         images = drawn.repeat(-(-count // 1024), 1, 1, 1)[:count].to(args.device)
         for name, augmentation in augment.AUGMENTATIONS.items():
             generator = torch.Generator().manual_seed(1)
-            ours = per_second(count, functools.partial(augmentation, images, generator))
-            ways = {"ours": ours, **other_augmentations(name, images)}
+            ways = {"ours": per_second(count, functools.partial(augmentation, images, generator))}
+            if name in TORCHVISION:
+                one, few = TORCHVISION[name], tensors if name == "cutout" else pictures
+                work = functools.partial(lambda one, few: [one(image) for image in few], one, few)
+                ways["torchvision"] = per_second(len(few), work)
             yield compare(f"{name} of {count:,}", ways, args.rounds)
 
 
-def other_augmentations(name, images):
-    """{library: function that returns images/s} for the libraries that have this augmentation."""
-    few = list(images[:PER_IMAGE])
-    pil = [transforms.functional.to_pil_image(image.cpu()) for image in few]
-    one = {
-        "flip": transforms.RandomHorizontalFlip(),
-        "rotation": transforms.RandomRotation(15),
-        "crop": transforms.RandomResizedCrop(32, scale=(0.8, 1.0)),
-        "jitter": transforms.ColorJitter(0.4, 0.4, 0.4, 0.1),
-        "autoaugment": transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10),
-        "cutout": transforms.RandomErasing(p=0.5, scale=(0.02, 0.2), ratio=(0.3, 3.3)),
-        "translate": transforms.RandomCrop(32, padding=4),
-    }.get(name)
-    if one is None:
-        return {}
-    ways = {"torchvision tensor": per_second(len(few), lambda: [one(image) for image in few])}
-    if name != "cutout":  # RandomErasing takes no PIL images
-        ways["torchvision PIL"] = per_second(len(few), lambda: [one(image) for image in pil])
-    if importlib.util.find_spec("kornia"):
-        import kornia.augmentation as kornia
-
-        batch = {
-            "flip": kornia.RandomHorizontalFlip(p=0.5),
-            "rotation": kornia.RandomRotation(15.0, resample="nearest", p=1.0),
-            "crop": kornia.RandomResizedCrop((32, 32), scale=(0.8, 1.0), cropping_mode="resample"),
-            "jitter": kornia.ColorJitter(0.4, 0.4, 0.4, 0.1),
-            "autoaugment": kornia.auto.AutoAugment("cifar10"),
-            "cutout": kornia.RandomErasing(scale=(0.02, 0.2), ratio=(0.3, 3.3), p=0.5),
-            "translate": kornia.RandomCrop((32, 32), padding=4),
-        }[name]
-        floats = images.float() / 255
-        ways["kornia"] = per_second(len(images), lambda: batch(floats))
-    return ways
-
-
 def benchmark_data(args):
-    """Images/s of decoding a folder of --images files, at most 4,000, and of batches with flip."""
-    some = data.synthetic((min(FILES, args.images), 100, 100))
+    """Images/s of decoding a folder of --images files, at most 4,000: ours once, plain PyTorch each epoch."""
+    dataset = data.synthetic((min(FILES, args.images), 100, 100))
     for name in ("train", "test"):
-        image_files(args.folder / "images" / name, *getattr(some, name))
+        image_files(args.folder / "images" / name, *getattr(dataset, name))
     roots = (args.folder / f"root{number}" for number in itertools.count())
     size = min(64, args.images)
     loader = plain_loader(args.folder / "images" / "train", size, args.device)
-    plain = {"plain PyTorch": per_second(len(loader) * size, lambda: exhaust(loader))}
-    some = some._replace(train=data.to_device(some.train, args.device))
-    run = our_run(args, some, train.parse_arguments, "--aug", "flip", "--batch-size", str(size))
-    count = min(args.images, 16 * data.CHUNK) // size
-    taking = per_second(count * size, functools.partial(exhaust, endless(run), count))
 
     def decode():
         with contextlib.redirect_stdout(io.StringIO()):
             data.load(args.folder / "images", next(roots))
 
-    yield compare(
-        "decoding, once", {"ours": per_second(len(some.train.labels) + 100, decode), **plain}, args.rounds
-    )
-    yield compare("batches", {"ours": taking, **plain}, args.rounds)
-
-
-def exhaust(batches, count=None):
-    for _ in itertools.islice(batches, count):
-        pass
+    ours = per_second(len(dataset.train.labels) + 100, decode)
+    plain = per_second(len(loader) * size, lambda: list(loader))
+    yield compare("decoding", {"ours": ours, "plain PyTorch": plain}, args.rounds)
 
 
 def benchmark_start(args):
@@ -380,22 +326,20 @@ def import_torch():
 
 
 def first_step(args, source):
-    with tempfile.TemporaryDirectory(dir=args.folder) as out:
-        command = [sys.executable, HOUSE / "train.py", "--data", source, "--root", args.folder / "root"]
-        command += ["--out", out, "--device", args.device, "--epochs", 1, "--steps-per-epoch", 1]
-        environment = os.environ | {
-            "TMPDIR": out
-        }  # PyTorch's compiler creates a folder there, even if unused
-        started = time.perf_counter()
-        process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, env=environment)
-        with process:
-            for line in process.stdout:
-                if line.startswith("epoch"):
-                    seconds = time.perf_counter() - started
-        if process.returncode:
-            sys.exit("train.py failed: see above")
-        (path,) = Path(out).rglob("seed1.json")
-        result = json.loads(path.read_text())
+    out = tempfile.mkdtemp(dir=args.folder)
+    command = [sys.executable, HOUSE / "train.py", "--data", source, "--root", args.folder / "root"]
+    command += ["--out", out, "--device", args.device, "--epochs", 1, "--steps-per-epoch", 1]
+    environment = os.environ | {"TMPDIR": out}  # PyTorch's compiler creates a folder there, even if unused
+    started = time.perf_counter()
+    process = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, env=environment)
+    with process:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                seconds = time.perf_counter() - started
+    if process.returncode:
+        sys.exit("train.py failed: see above")
+    (path,) = Path(out).rglob("seed1.json")
+    result = json.loads(path.read_text())
     (epoch,) = result["history"]
     validation = epoch["seconds"] - result["config"]["batch_size"] / epoch["images_per_second"]
     return seconds - validation
@@ -413,21 +357,16 @@ BENCHMARKS = {  # function, and default --images on a CPU and on other devices
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = runs.new_parser(__doc__)
     add, number = parser.add_argument, runs.number
     add("what", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="(default: %(default)s)")
     add("--device", default="auto", help="as for train.py (default: %(default)s)")
     add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
-    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in the "
-        "file or folder (default: enough for a steady rate)")  # fmt: skip
+    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in "
+        "the folder (default: enough for a steady rate)")  # fmt: skip
     add("--json", type=Path, help="also write the figures to this file, row by row")
     args = parser.parse_args()
-    given = args.images
-    try:
-        args.device = runs.use_device(args.device)
-    except ValueError as error:
-        parser.error(str(error))
+    given, args.device = args.images, runs.use_device(args.device)
     runs.make_repeatable()
     on_gpu = args.device.type == "cuda"
     name = torch.cuda.get_device_name(args.device) if on_gpu else platform.processor() or platform.machine()
@@ -450,4 +389,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.command_line(main)

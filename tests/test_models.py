@@ -18,9 +18,8 @@ import models
 def custom(s, x, training):
     for first in (0, 8, 16):  # each block has eight layers
         for c in (first, first + 3):
-            x = norm(
-                s, f"features.{c + 1}", F.conv2d(x, s[f"features.{c}.weight"], padding=1), training
-            ).relu()
+            x = F.conv2d(x, s[f"features.{c}.weight"], padding=1)
+            x = norm(s, f"features.{c + 1}", x, training).relu()
         x = F.dropout(F.max_pool2d(x, 2), 0.3, training)
     x = F.dropout(linear(s, "classifier.1", x.flatten(1)).relu(), 0.6, training)
     return linear(s, "classifier.4", x)
@@ -169,7 +168,10 @@ class Plain(nn.Linear):
         super().__init__(1 + round(10 * dropout), num_classes)
 
 
-SAVED = {"stem": "imagenet", "classes": ["a", "b", "c"], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+def contents(arch, model, stem="imagenet"):
+    """What train.py saves."""
+    known = {"classes": ["a", "b", "c"], "mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    return {**known, "arch": arch, "stem": stem, "state_dict": model.state_dict()}
 
 
 @pytest.mark.parametrize("entry", [Plain, lambda num_classes, dropout: Plain(num_classes, dropout)])
@@ -178,7 +180,7 @@ def test_an_architecture_may_be_a_class_or_a_function(entry, tmp_path, monkeypat
     models.check("plain")
     model = models.build("plain", 3)
     assert models.build("plain", 4, 0.2).weight.shape == (4, 3)
-    torch.save({**SAVED, "arch": "plain", "state_dict": model.state_dict()}, tmp_path / "seed1.pt")
+    torch.save(contents("plain", model), tmp_path / "seed1.pt")
     assert torch.equal(models.load(tmp_path / "seed1.pt").bias, model.bias)
     monkeypatch.delitem(models.ARCHITECTURES, "plain")
     with pytest.raises(ValueError, match="seed1.pt: models.py has no architecture 'plain'"):
@@ -197,28 +199,23 @@ def test_another_network_of_torchvision_is_one_entry(monkeypatch):
 @pytest.mark.parametrize(("arch", "stem"), [("custom", "imagenet"), ("resnet18", "small")])
 def test_saved_weights_restore_the_network_with_its_classes_mean_and_std(arch, stem, tmp_path):
     model, images = models.build(arch, 3, stem=stem), torch.randn(2, 3, 32, 32)
-    torch.save({**SAVED, "arch": arch, "stem": stem, "state_dict": model.state_dict()}, tmp_path / "seed1.pt")
+    whole = contents(arch, model, stem)
+    torch.save(whole, tmp_path / "seed1.pt")
     again = models.load(tmp_path / "seed1.pt")
     assert torch.equal(again(images), model.eval()(images)) and not again.training
-    assert [again.classes, again.mean, again.std] == [SAVED[name] for name in ("classes", "mean", "std")]
+    assert all(getattr(again, name) == whole[name] for name in ("classes", "mean", "std"))
 
 
 def test_other_files_and_edited_networks_are_named(tmp_path):
-    model, path = models.build("custom", 3), tmp_path / "seed1.pt"
-    whole = saved({**SAVED, "arch": "custom", "state_dict": model.state_dict()})
-    others = map(saved, ({"arch": "fewshot", "state_dict": {}}, {**SAVED, "arch": "custom"}, [1], "text"))
-    cases = [(content, "is damaged, or not") for content in (b"", b"text", whole[:999], whole[:-99], *others)]
-    for number, layer in (
-        (1, nn.Linear(4096, 512, bias=False)),
-        (4, nn.Linear(512, 4)),
-        (3, nn.BatchNorm1d(9)),
-    ):
+    path, whole = tmp_path / "seed1.pt", saved(contents("custom", models.build("custom", 3)))
+    others = b"", b"text", whole[:999], whole[:-99], saved({"arch": "fewshot", "state_dict": {}}), saved([1])
+    cases = [(content, "is damaged, or not") for content in others]
+    layers = {1: nn.Linear(4096, 512, bias=False), 4: nn.Linear(512, 4), 3: nn.BatchNorm1d(9)}
+    for number, layer in layers.items():
         model = models.build("custom", 3)
         model.classifier[number] = layer
-        content = saved({**SAVED, "arch": "custom", "state_dict": model.state_dict()})
-        cases.append(
-            (content, f": its layers differ from those of models.py.* classifier.{number}.bias: train")
-        )
+        message = f": its layers differ from those of models.py, at classifier.{number}.bias: train"
+        cases.append((saved(contents("custom", model)), message))
     for content, message in cases:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"seed1.pt ?{message}"):
