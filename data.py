@@ -7,10 +7,9 @@ A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `lab
 """
 
 import collections
-import csv
+import difflib
 import hashlib
 import http.client
-import io
 import itertools
 import json
 import os
@@ -48,7 +47,6 @@ IMAGE_SUFFIXES = (
     ".tga", ".tif", ".tiff", ".webp",
 )  # fmt: skip
 LAYOUT = "a data set needs train/<class>/* and test/<class>/*, or <class>/*"
-MAX_PIXELS = 100_000_000  # larger images are treated as decompression bombs
 CACHE_VERSION = 5  # increment it when decoding or the cache's layout changes
 
 # Darlow et al., 2018, arXiv:1810.03505, CC BY 4.0. The host has moved its files before: URLs to try in turn.
@@ -212,27 +210,21 @@ def seed_from(*parts):
 
 
 def spec(names):
-    """Class names as --classes takes them, in one spelling: sorted, as a row of CSV."""
-    row = io.StringIO()
-    csv.writer(row).writerow(sorted(names))
-    return row.getvalue().removesuffix("\r\n")
+    """Class names as --classes takes them, in one spelling: sorted, joined by commas."""
+    return ",".join(sorted(names))
 
 
 def pick(dataset, option, text):
-    """The class names, a tuple, in a row of CSV: names of classes or, where no class is called so, of GROUPS.
-    Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
+    """The class names, a tuple, that are joined by commas: names of classes or, where no class is called so, of
+    GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
     names = []
-    try:
-        typed = next(csv.reader([text]), [])
-    except csv.Error as error:
-        raise ValueError(f"{option} {text!r}: {error}") from None
-    for name in typed:
+    for name in text.split(","):
         name = name if name in dataset.classes else name.strip()
         names += [name] if name in dataset.classes else GROUPS.get(name, [name])
-    unknown = [name for name in names if name not in dataset.classes]
-    if unknown or not names:
-        what = f"no class {unknown[0]!r}" if unknown else "classes to choose from"
-        raise ValueError(f"{option} {text}: {dataset.name} has {what}; it has {', '.join(dataset.classes)}")
+    for name in names:
+        if name not in dataset.classes:
+            known = ", ".join(dataset.classes)
+            raise ValueError(f"{option} {text}: {dataset.name} has no class {name!r}; it has {known}")
     return tuple(dict.fromkeys(names))
 
 
@@ -377,6 +369,9 @@ def _list_images(folder):
     if missing:
         tenths = "a tenth of each class, with a fixed seed"
         print(f"{' and '.join(missing)} split off {places['train']}: {tenths}")
+    for one, other in itertools.combinations(places, 2):
+        if places[one].samefile(places[other]):
+            print(f"warning: {one} and {other} are the same images: {places[other].resolve()}")
     entries = itertools.chain.from_iterable(map(_visible, places.values()))
     classes = sorted({entry.name for entry in entries if entry.is_dir()})
     if not classes:
@@ -401,12 +396,15 @@ def _find_splits(folder, ignored):
     """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest
     to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
     places, entries = {}, _visible(folder)
+    folders = [entry.name for entry in entries if entry.is_dir()]
     for split, spellings in SPELLINGS.items():
-        found = [entry.name for entry in entries if entry.is_dir() and entry.name.lower() in spellings]
+        found = [name for name in folders if name.lower() in spellings]
         if len(found) > 1:
             raise FileExistsError(f"{folder} has both {found[0]}/ and {found[1]}/: rename or remove one")
-        if found and split != "valid" and found[0] != split:
-            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {found[0]}/? Rename it")
+        meant = found or [name for name in difflib.get_close_matches(split, folders, 1, 0.8) if any(
+            inner.is_dir() for inner in _visible(folder / name))]  # fmt: skip
+        if meant and meant != [split] and not (split == "valid" and found):
+            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {meant[0]}/? Rename it")
         if found:
             places[split] = folder / found[0]
     if "train" in places:
@@ -429,38 +427,31 @@ def _list_split(split, ignored):
 
     Links are followed last and nothing is taken twice, so that a link does not move images to another class.
     """
-    top = split.resolve()
-    seen, links, files = {str(folder) for folder in (top, *top.parents)}, [], []  # seen: real paths
-
-    def visit(folder, real_folder, name):  # name: of the class; None in the split's own folder
-        order = str(folder).replace(os.sep, "\0")  # "\0": a folder before its neighbour "folder 2"
-        for entry in _visible(folder):
-            if entry.is_symlink():
-                links.append((entry, name, order))
-            else:
-                take(entry, f"{real_folder}{os.sep}{entry.name}", name, order)
-
-    def take(entry, real, name, order):
+    top, files = split.resolve(), []
+    seen = set(map(str, top.parents))  # real paths
+    todo = collections.deque([(split, str(top), None, "")])
+    while todo:
+        entry, real, name, order = todo.popleft()
+        real = real or os.path.realpath(entry)
         is_image = name and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
         if not is_image and not entry.is_dir():
-            ignored[Path(entry.name).suffix.lower() or "without suffix"] += 1
+            ignored[Path(entry).suffix.lower() or "without suffix"] += 1
         elif real in seen:
             ignored["reached again through a link"] += 1
+        elif is_image:
+            info = entry.stat()
+            files.append((order, entry.name, (name, os.fspath(entry), info.st_size, info.st_mtime_ns)))
         else:
-            seen.add(real)
-            if entry.is_dir():
-                visit(entry.path, real, name or entry.name)
-            else:
-                info = entry.stat()
-                file = name, entry.path, info.st_size, info.st_mtime_ns
-                files.append((order, entry.name, file))
-
-    visit(split, top, None)
-    for link, name, order in links:  # which grow on the way
-        if os.path.exists(link.path):
-            take(link, os.path.realpath(link.path), name, order)
-        else:
-            ignored["broken link"] += 1
+            order = os.fspath(entry).replace(os.sep, "\0")  # "\0": a folder before its neighbour "folder 2"
+            for inner in reversed(_visible(entry)):
+                kind = name or (inner.name if inner.is_dir() else None)  # a class's, if it is in one
+                if not inner.is_symlink():
+                    todo.appendleft((inner, f"{real}{os.sep}{inner.name}", kind, order))
+                elif os.path.exists(inner):
+                    todo.append((inner, None, kind, order))
+                else:
+                    ignored["broken link"] += 1
+        seen.add(real)
     return [file for *_, file in sorted(files)]
 
 
@@ -521,8 +512,6 @@ def read_image(path):
     """
     try:
         with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"{file.width} x {file.height} pixels are more than {MAX_PIXELS:,}")
             image = ImageOps.exif_transpose(file)
             if image.mode == "F" or (image.mode == "I" and file.format not in ("PNG", "PPM")):
                 raise ValueError(f"pixels of mode {image.mode}, 32 bits, have no defined range")
@@ -713,10 +702,10 @@ def add_arguments(parser, classes=True):
     add("--data", default="cinic10", help=f"{choices} (default: %(default)s)")
     add("--root", default="data", help="folder for downloads and decoded images (default: %(default)s)")
     part = "part of the train split to use, in (0, 1], with the same number of images per class"
-    add("--fraction", type=runs.number(float, 0, 1, (1,)), default=1.0, help=f"{part} (default: all)")
+    add("--fraction", type=runs.number(float, "(0, 1]"), default=1.0, help=f"{part} (default: all)")
     parser.set_defaults(classes=None)
     if classes:
-        add("--classes", help="use only these: vehicles, animals, or names as a row of CSV, such as cat,dog")
+        add("--classes", help="use only these: vehicles, animals, or names such as cat,dog")
 
 
 def main():

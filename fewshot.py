@@ -219,9 +219,9 @@ def show(outcome):
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    add, count = parser.add_argument_group("episodes").add_argument, runs.number(int, 0)
+    add, count = parser.add_argument_group("episodes").add_argument, runs.number(int, "[1, inf)")
     queries, small = ", ".join(f"{q} at {p}" for p, q in QUERIES.items()), "fewer on small data sets"
-    add("--way", type=runs.number(int, 1), help=f"classes per episode (default: 5, {small})")
+    add("--way", type=runs.number(int, "[2, inf)"), help=f"classes per episode (default: 5, {small})")
     add("--shot", type=count, help=f"support images per class (default: 5, {small})")
     add("--query", type=count, help=f"query images per class (default: {queries}, {small})")
     add("--episodes", type=count, default=3000, help="training episodes (default: %(default)s)")

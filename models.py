@@ -161,7 +161,7 @@ def load(path):
     try:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         arch, stem, classes, mean, std = (saved[key] for key in ("arch", "stem", "classes", "mean", "std"))
-        theirs = {(key, value.shape) for key, value in saved["state_dict"].items()}
+        state = dict(saved["state_dict"])
     except OSError:
         raise
     except Exception as error:  # a damaged file can raise nearly anything
@@ -169,11 +169,10 @@ def load(path):
     if arch not in ARCHITECTURES:
         raise ValueError(f"{path}: models.py has no architecture {arch!r}")
     model = build(arch, len(classes), stem=stem)
-    differing = theirs ^ {(key, value.shape) for key, value in model.state_dict().items()}
-    if differing:
-        example = min(differing)[0]
-        raise ValueError(f"{path}: its layers differ from those of models.py, at {example}: train it again")
-    model.load_state_dict(saved["state_dict"])
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: its layers differ from those of models.py: train it again") from error
     model.classes, model.mean, model.std = classes, mean, std
     return model.eval()
 

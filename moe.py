@@ -151,7 +151,7 @@ def make_parser():
     add("--experts", nargs="+", default=EXPERTS, metavar="CLASSES",
         help="classes of each expert besides the base: vehicles, animals, or names such as cat,dog (default: "
         "vehicles cat,deer,dog,horse; these animals are easily confused)")  # fmt: skip
-    add("--adapter-width", type=runs.number(int, 0, 4096), default=1280,
+    add("--adapter-width", type=runs.number(int, "[1, 4095]"), default=1280,
         help="512 makes the mixture as large as three base networks (default: %(default)s)")  # fmt: skip
     add("--train-adapters", action="store_true", help="train the layers between experts and gating network; "
         "by default they keep their random initialization, as in the authors' code. On CINIC-10 the features "

@@ -14,11 +14,11 @@ import contextlib
 import difflib
 import hashlib
 import json
-import math
 import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,19 +118,19 @@ def new_parser(doc):
     return parser
 
 
-def number(kind, low, high=math.inf, including=()):
-    """An argparse type: a finite int or float strictly between two bounds, or equal to one in `including`."""
+def number(kind, interval):
+    """An argparse type: an int or float in an interval, such as "(0, 1]" or "[1, inf)"."""
+    low, high = map(float, interval[1:-1].split(","))
 
     def parse(text):
-        with contextlib.suppress(ValueError, OverflowError):
+        with contextlib.suppress(ValueError):
             value = kind(text)
-            if math.isfinite(value) and (low < value < high or value in including):
+            at_end = (value == low and "[" in interval) or (value == high and "]" in interval)
+            if low < value < high or at_end:
                 return value
         what = "an integer" if kind is int else "a number"
-        bounds = f"{'at least' if low in including else 'above'} {low}"
-        bounds += f" and {'up to' if high in including else 'below'} {high}" if high < math.inf else ""
-        hint = ": write several as 1 2 3" if re.fullmatch(r"\d+([-,;:]\d+)+", text) else ""
-        raise argparse.ArgumentTypeError(f"{text} is not {what} {bounds}{hint}")
+        hint = ": write several seeds as 1 2 3" if re.search(r"\d([,;:]|-|\.\.)\d", text) else ""
+        raise argparse.ArgumentTypeError(f"{text} is not {what} in {interval}{hint}")
 
     return parse
 
@@ -139,7 +139,7 @@ def add_arguments(parser):
     """The arguments common to all runs."""
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--seed", type=number(int, 0, 2**31, (0,)), nargs="+", default=[1], metavar="K",
+    add("--seed", type=number(int, "[0, 2147483647]"), nargs="+", default=[1], metavar="K",
         help="one or more seeds, trained in sequence (default: 1)")  # fmt: skip
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     add("--amp", default="auto", choices=("auto", "off", "bf16", "fp16"),
@@ -147,7 +147,7 @@ def add_arguments(parser):
         "on a CUDA GPU, and float32 elsewhere; off: float32, without TF32")  # fmt: skip
     add("--no-graph", dest="graph", action="store_false", help="disable CUDA graphs")
     add("--out", type=os.path.expanduser, default="results", help="folder for results (default: %(default)s)")
-    add("--checkpoint-every", type=number(float, 0, including=(0,)), default=20.0, metavar="S",
+    add("--checkpoint-every", type=number(float, "[0, inf)"), default=20.0, metavar="S",
         help="minimum seconds between checkpoints, which follow an epoch (default: %(default)g)")  # fmt: skip
     add("--force", action="store_true", help="run again even if a result exists")
 
@@ -192,6 +192,7 @@ def progress(items, what, total, count=lambda item: 1):
         if terminal and now - drawn > 0.2:
             drawn, rate = now, done / (now - started)
             line = f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s left"
+            line = line[: shutil.get_terminal_size().columns - 1]  # a second line could not be redrawn
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
     if terminal:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -380,20 +381,14 @@ def environment(run):
         commit = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True, timeout=10).strip()
     except (OSError, subprocess.SubprocessError):
         commit = None
-    device = (
-        f"{run.device.type} ({torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads)"
-    )
     if run.device.type == "cuda":
         device = torch.cuda.get_device_name(run.device)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": metadata.version("torchvision"),
-        "device": device,
-        "commit": commit,
-        "code": run.code,
-        "dtype": str(run.dtype).removeprefix("torch."),
-    }
+    else:
+        capability = torch.backends.cpu.get_cpu_capability()
+        device = f"{run.device.type} ({capability}, {torch.get_num_threads()} threads)"
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision")}
+    code = {"commit": commit, "code": run.code, "dtype": str(run.dtype).removeprefix("torch.")}
+    return {"python": platform.python_version(), **versions, "device": device, **code}
 
 
 # Seeds
@@ -412,16 +407,15 @@ def run_seeds(args, name_run, load, train):
     folder = Path(args.out) / name_run(args, dataset.name, dataset.only)
     for number, seed in enumerate(args.seed, start=1):
         run = Run(args, seed, dataset, device, folder / f"seed{seed}.json", code)
-        results[seed] = None if args.force else finished(run.path, run.settings)
-        if result := results[seed]:
-            other = "" if result.get("environment", {}).get("code") == code else ", made by other code"
-            exists = f"skipped, its result exists ({run.path}{other})"
-            print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
-            continue
         with exclusive(Path(args.out) / ".locks" / f"{folder.name}-seed{seed}"):
-            several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
-            print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
-            result = None if args.force else finished(run.path, run.settings)  # from another process
+            result = None if args.force else finished(run.path, run.settings)
+            if result:
+                other = "" if result.get("environment", {}).get("code") == code else ", made by other code"
+                exists = f"skipped, its result exists ({run.path}{other})"
+                print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
+            else:
+                several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
+                print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
             results[seed] = result or run_seed(run, train)
     return folder, results
 
@@ -438,8 +432,6 @@ def run_seed(run, train):
     finally:
         with contextlib.suppress(OSError):
             run.path.parent.rmdir()  # only if empty, as after a failure before the first checkpoint
-    if not math.isfinite(outcome["test"]["loss"]):
-        raise RuntimeError(f"the test loss is {outcome['test']['loss']}: lower --lr, or use --amp off")
     peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else None
     dataset = run.dataset
     shared = {"classes": list(dataset.classes), "mean": list(dataset.mean), "std": list(dataset.std)}

@@ -36,7 +36,6 @@ OPTIMIZERS = {
 }
 FUSED = ("adam", "adamw", "sgd")  # one kernel per step, no device synchronization: can be captured
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
-EVALUATION_BATCH = {"cpu": 256}  # fits its cache; else 512, which keeps a GPU busy within 8 GiB
 
 
 # Metrics
@@ -93,8 +92,11 @@ class Totals:
         self.confusion += confusion_matrix(logits.detach().argmax(1), labels, len(self.confusion))
 
     def metrics(self):
-        """METRICS; call it once, since it synchronizes with the device."""
-        return metrics(self.confusion, self.loss.item() / self.confusion.sum().item())
+        """METRICS. Synchronizes with the device. Raises RuntimeError for a loss that is NaN or infinite."""
+        loss = self.loss.item() / self.confusion.sum().item()
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss became {loss}: lower --lr, or use --amp off")
+        return metrics(self.confusion, loss)
 
 
 # Optimizer and learning rate
@@ -258,10 +260,8 @@ def fit(run, model, num_classes, steps, train_batches, valid_batches=None):
             images += len(inputs)
         entry = {"epoch": epoch, "train": totals.metrics()}
         images_per_second = images / (time.monotonic() - started)
-        check_finite(entry["train"]["loss"], f"epoch {epoch}")
         if valid_batches:
             entry["valid"] = evaluate(run, model, valid_batches(), num_classes).metrics()
-            check_finite(entry["valid"]["loss"], f"the validation of epoch {epoch}")
         entry |= {"seconds": time.monotonic() - started, "images_per_second": images_per_second}
         history.append(entry)
         if epoch < epochs:
@@ -286,12 +286,6 @@ def evaluate(run, model, batches, num_classes, mirrored=False):
     return totals
 
 
-def check_finite(loss, where):
-    """Raise RuntimeError if the loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the loss became {loss} in {where}: lower --lr, or use --amp off")
-
-
 def summary(history):
     """The last epoch's loss, accuracy and speed, for the progress line."""
     if not history:
@@ -303,9 +297,8 @@ def summary(history):
 
 def epoch_line(entry, epochs):
     parts = [f"epoch {entry['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "valid"):
-        if split in entry:
-            parts.append(f"{split} loss {entry[split]['loss']:.4f} accuracy {entry[split]['accuracy']:.4f}")
+    for split in [name for name in ("train", "valid") if name in entry]:
+        parts.append(f"{split} loss {entry[split]['loss']:.4f} accuracy {entry[split]['accuracy']:.4f}")
     left = entry["seconds"] * (epochs - entry["epoch"])
     parts.append(f"{entry['seconds']:.1f} s, {entry['images_per_second']:,.0f} images/s, {left:.0f} s left")
     return "  ".join(parts)
@@ -332,23 +325,19 @@ def train(run):
     def train_batches(epoch):
         return data.batches(dataset.train, dataset, run.device, make_plan(epoch), streams, (run.seed, epoch))
 
-    def valid_batches():
-        return evaluation_batches(run, dataset.valid)
-
-    _, sizes = make_plan(1)
-    history = fit(run, model, len(dataset.classes), [len(sizes)] * args.epochs, train_batches, valid_batches)
-    totals, mirrored = (
-        evaluate(run, model, evaluation_batches(run, dataset.test), len(dataset.classes), mirrored)
-        for mirrored in (False, True)
-    )
+    steps, num_classes = [len(make_plan(1)[1])] * args.epochs, len(dataset.classes)
+    valid_batches = functools.partial(evaluation_batches, run, dataset.valid)
+    history = fit(run, model, num_classes, steps, train_batches, valid_batches)
+    totals = evaluate(run, model, evaluation_batches(run, dataset.test), num_classes)
     outcome = {"history": history, "test": totals.metrics(), "confusion": totals.confusion.tolist()}
-    outcome["test_tta"] = mirrored.metrics()  # with mirror images
+    totals = evaluate(run, model, evaluation_batches(run, dataset.test), num_classes, mirrored=True)
+    outcome["test_tta"] = totals.metrics()
     return {"arch": args.arch, "stem": args.stem, "state_dict": model.state_dict()}, outcome
 
 
 def evaluation_batches(run, split):
     """Batches of (images, labels), in order and not augmented."""
-    size = EVALUATION_BATCH.get(run.device.type, 512)
+    size = 256 if run.device.type == "cpu" else 512  # fits a CPU's cache; keeps a GPU busy within 8 GiB
     return data.batches(split, run.dataset, run.device, data.make_plan(len(split.labels), size))
 
 
@@ -382,11 +371,11 @@ def print_results(name, results):
 def add_training_arguments(parser):
     """Optimizer and loss, with the study's defaults; shared by every script."""
     group = parser.add_argument_group("optimizer")
-    add, positive, below_1 = group.add_argument, runs.number(float, 0), runs.number(float, 0, 1, (0,))
+    add, positive, below_1 = group.add_argument, runs.number(float, "(0, inf)"), runs.number(float, "[0, 1)")
     add("--lr", "--learning-rate", type=positive, default=0.001, help="learning rate (default: %(default)s)")
     add("--optimizer", default="adam", choices=OPTIMIZERS, help="(default: %(default)s)")
     add("--momentum", type=below_1, default=0.0, help="for sgd (Nesterov) and rmsprop (default: 0)")
-    add("--weight-decay", type=runs.number(float, 0, including=(0,)), default=0.0, help="(default: 0)")
+    add("--weight-decay", type=runs.number(float, "[0, inf)"), default=0.0, help="(default: 0)")
     add("--schedule", default="none", choices=("none", "onecycle"),
         help="none: constant learning rate; onecycle: rises linearly to --lr over the first fifth of the "
         "run, then falls to zero; norms and biases get no weight decay")  # fmt: skip
@@ -395,9 +384,9 @@ def add_training_arguments(parser):
 
 def add_epoch_arguments(parser):
     """The arguments for the length of training. Returns their group."""
-    group = parser.add_argument_group("epochs")
-    group.add_argument("--epochs", type=runs.number(int, 0), default=10, help="(default: %(default)s)")
-    group.add_argument("--batch-size", type=runs.number(int, 0), default=64, help="(default: %(default)s)")
+    group, count = parser.add_argument_group("epochs"), runs.number(int, "[1, inf)")
+    group.add_argument("--epochs", type=count, default=10, help="(default: %(default)s)")
+    group.add_argument("--batch-size", type=count, default=64, help="(default: %(default)s)")
     return group
 
 
@@ -410,18 +399,18 @@ def check_arguments(args):
 def make_parser():
     parser = runs.new_parser(__doc__)
     data.add_arguments(parser)
-    group = parser.add_argument_group("network")
-    add, architectures = group.add_argument, [*models.ARCHITECTURES, "efficientnet"]
-    add("--arch", default="custom", choices=architectures, help="(default: %(default)s)")
+    add = parser.add_argument_group("network").add_argument
+    add("--arch", default="custom", choices=models.ARCHITECTURES, help="(default: %(default)s)",
+        type=lambda name: {"efficientnet": "efficientnet_b0"}.get(name, name))  # fmt: skip
     add("--pretrained", action="store_true", help="start from torchvision's ImageNet weights")
     add("--stem", default="imagenet", choices=("imagenet", "small"), help="for torchvision's networks; "
         "small: 3x3 convolution of stride 1, no max-pool, for 32x32 (default: %(default)s)")  # fmt: skip
-    add("--dropout", type=runs.number(float, 0, 1, (0,)), default=0.0, help="for the custom network: rate k "
+    add("--dropout", type=runs.number(float, "[0, 1)"), default=0.0, help="for the custom network: rate k "
         "after each block, min(2k, 0.9) before the last layer (default: 0)")  # fmt: skip
     names = ", ".join(augment.NAMES)
     add("--aug", default="none", help=f"{names}, or several joined by + (default: %(default)s)")
     group = add_epoch_arguments(parser)
-    group.add_argument("--steps-per-epoch", type=runs.number(int, 0), metavar="N",
+    group.add_argument("--steps-per-epoch", type=runs.number(int, "[1, inf)"), metavar="N",
         help="batches per epoch; a small training set is repeated (default: one pass)")  # fmt: skip
     add_training_arguments(parser)
     runs.add_arguments(parser)
@@ -436,8 +425,6 @@ def run_name(args, data, only=None):
 
 def parse_arguments(argv=None):
     args = make_parser().parse_args(argv)
-    if args.arch == "efficientnet":
-        args.arch = "efficientnet_b0"
     check_arguments(args)
     augment.parse(args.aug)
     models.check(args.arch, args.dropout, args.pretrained, args.stem)

@@ -3,7 +3,7 @@
     python tests/benchmark.py                            # everything, or one or several of these:
     python tests/benchmark.py train                      # every architecture, against plain PyTorch
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
-    python tests/benchmark.py augment                    # every augmentation, against torchvision
+    python tests/benchmark.py augment                    # every augmentation, against torchvision and, if installed, Kornia
     python tests/benchmark.py data                       # decoding
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
@@ -15,6 +15,7 @@ Files are written to a temporary folder only.
 
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -265,6 +266,23 @@ TORCHVISION = {
 }
 
 
+def kornias():
+    """Kornia's augmentations of a batch, float (N, 3, H, W), by our names; {} if it is not installed."""
+    if not importlib.util.find_spec("kornia"):
+        return {}
+    import kornia.augmentation as kornia
+
+    return {
+        "flip": kornia.RandomHorizontalFlip(p=0.5),
+        "rotation": kornia.RandomRotation(15.0, resample="nearest", p=1.0),
+        "crop": kornia.RandomResizedCrop((32, 32), scale=(0.8, 1.0), cropping_mode="resample"),
+        "jitter": kornia.ColorJitter(0.4, 0.4, 0.4, 0.1),
+        "autoaugment": kornia.auto.AutoAugment("cifar10"),
+        "cutout": kornia.RandomErasing(scale=(0.02, 0.2), ratio=(0.3, 3.3), p=0.5),
+        "translate": kornia.RandomCrop((32, 32), padding=4),
+    }
+
+
 def benchmark_augment(args):
     """Images/s of every augmentation, at three batch sizes, of which --images is the largest. torchvision
     takes one PIL image at a time, or one tensor for cutout."""
@@ -281,6 +299,9 @@ def benchmark_augment(args):
                 one, few = TORCHVISION[name], tensors if name == "cutout" else pictures
                 work = functools.partial(lambda one, few: [one(image) for image in few], one, few)
                 ways["torchvision"] = per_second(len(few), work)
+            if name in kornias():
+                work = functools.partial(kornias()[name], images.float() / 255)
+                ways["kornia"] = per_second(count, work)
             yield compare(f"{name} of {count:,}", ways, args.rounds)
 
 
@@ -361,8 +382,8 @@ def main():
     add, number = parser.add_argument, runs.number
     add("what", nargs="*", choices=[*BENCHMARKS, "all"], default="all", help="(default: %(default)s)")
     add("--device", default="auto", help="as for train.py (default: %(default)s)")
-    add("--rounds", type=number(int, 0), default=7, help="counted rounds (default: %(default)s)")
-    add("--images", type=number(int, 32, including=(32,)), help="images per round; for data and start, in "
+    add("--rounds", type=number(int, "[1, inf)"), default=7, help="counted rounds (default: %(default)s)")
+    add("--images", type=number(int, "[32, inf)"), help="images per round; for data and start, in "
         "the folder (default: enough for a steady rate)")  # fmt: skip
     add("--json", type=Path, help="also write the figures to this file, row by row")
     args = parser.parse_args()

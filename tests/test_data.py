@@ -207,7 +207,8 @@ def test_warnings_from_pillow_are_counted_and_the_first_is_shown(image_folder, t
 @pytest.mark.parametrize("given", ["train test", "train valid", "train", ""])
 def test_splits_that_are_missing_are_a_tenth_of_train_each(given, image_folder, tmp_path, capsys):
     sizes = {"train": 20, "valid": 3, "test": 3}
-    folder = image_folder("ab", [(split, sizes[split]) for split in given.split() or ["train"]])
+    names = ("text", "trains")  # classes, though they resemble names of splits
+    folder = image_folder(names, [(split, sizes[split]) for split in given.split() or ["train"]])
     if not given:  # class folders alone
         folder /= "train"
     missing = [split for split in ("valid", "test") if split not in given]
@@ -237,6 +238,13 @@ def test_links_are_followed_but_nothing_is_taken_twice(link, target, counts, ima
     assert len(dataset.train.images.flatten(1).unique(dim=0)) == sum(counts)
     said = "1 reached again through a link" in capsys.readouterr().out
     assert said == (link == "a/more" or counts == [8, 8] and link != "a/loop")
+
+
+def test_two_splits_that_are_one_folder_are_said(image_folder, tmp_path, capsys):
+    folder = image_folder(splits=(("train", 2), ("test", 2)))
+    (folder / "valid").symlink_to("test")
+    data.load(folder, tmp_path / "root")
+    assert f"warning: valid and test are the same images: {folder / 'test'}" in capsys.readouterr().out
 
 
 def test_a_data_set_is_described_by_its_content_however_it_is_spelled(image_folder, run, tmp_path):
@@ -301,14 +309,14 @@ def test_what_cannot_be_learned_is_said(options, words, capsys):
 
 
 def test_classes_of_any_name_can_be_selected():
-    names = ("a, b", " cat", "cat ", "animals", 'the "x"', "bird", "l\nm")
+    names = ("a b", " cat", "cat ", "animals", 'the "x"', "bird", "l\nm")
     dataset = SimpleNamespace(name="zoo", classes=names)
     for name in names:
         assert data.pick(dataset, "--classes", data.spec([name])) == (name,)
     assert data.spec(names[::-1]) == data.spec(names)
     assert set(data.pick(dataset, "--classes", data.spec(names))) == set(names)
     assert data.pick(dataset, "--classes", "bird, animals ,bird") == ("bird", "animals")
-    with pytest.raises(ValueError, match="--classes vehicles: zoo has no class 'airplane'; it has a, b,"):
+    with pytest.raises(ValueError, match="--classes vehicles: zoo has no class 'airplane'; it has a b,"):
         data.pick(dataset, "--classes", "vehicles")
     for text in ("", "bird,", "a\nb", "cat"):
         with pytest.raises(ValueError, match="--experts"):
@@ -535,7 +543,9 @@ def test_no_network_is_one_line_with_remedies(run, one_line):
 
 @pytest.mark.parametrize(("change", "data_set", "words"), [
     ("mv train training", "", ["no folder train/", "did you mean training/?"]),
+    ("mv train trian", "", ["no folder train/", "did you mean trian/?"]),
     ("mv test Test", "", ["no folder test/", "did you mean Test/?"]),
+    ("mv valid vaild", "", ["no folder valid/", "did you mean vaild/?"]),
     ("rm -r train test", "", ["no folder train/", "train/<class>/*"]),
     ("mv valid/dog dog", "", ["too few images in", "valid/dog (", ".png", "0 found, 1 needed"]),
     ("rm -r valid train/dog/[1-5]*", "", ["too few images in", "train/dog (", "1 found, 2 needed"]),

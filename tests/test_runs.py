@@ -92,13 +92,6 @@ def test_a_forced_run_discards_its_checkpoint(tmp_path):
     assert not run.checkpoint.exists()
 
 
-def test_a_test_loss_that_is_not_finite_is_no_result(tmp_path):
-    run = make_run(tmp_path)
-    with pytest.raises(RuntimeError, match="the test loss is nan: lower --lr"):
-        runs.run_seed(run, lambda run: ({}, {"test": {"loss": float("nan")}, "history": []}))
-    assert not run.path.exists()
-
-
 @pytest.mark.parametrize("share", [0, 0.01, 0.5])
 def test_a_damaged_checkpoint_is_reported_and_ignored(share, tmp_path, capsys):
     run = make_run(tmp_path)
