@@ -25,7 +25,7 @@ def test_every_figure_is_drawn_whatever_matplotlibrc_says(whole, run, tmp_path):
     process = run("aggregate.py", whole, "--figures", tmp_path / "figures")
     assert process.returncode == 0, process.stderr
     names = {entry.file for entry in figures.FIGURES.values()} | {"augmentation", "augmentation-all"}
-    names.remove("other-runs")  # here one for each data set
+    names.remove("other-runs")  # which needs two runs that no table shows
     wanted = {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == wanted and len(wanted) == 24
 
