@@ -52,8 +52,8 @@ BY_ROW = {
                  "query": fewshot.QUERIES},
 }  # fmt: skip
 # Settings that the results of a table share, and that stand in its heading
-CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size", "steps_per_epoch", "episodes",
-           "way", "experts", "compute dtype")  # fmt: skip
+CONTEXT = ("data", "fingerprint", "classes", "fraction", "epochs", "batch_size", "steps_per_epoch",
+           "episodes", "way", "experts", "compute dtype")  # fmt: skip
 MIXTURE = {label: part for part, label in moe.ROWS.items()}
 PARTS = {**MIXTURE, "accuracy with mirror images": "test_tta", "1 prototype": "one_prototype",
          "nearest image": "nearest_image"}  # fmt: skip
@@ -168,8 +168,8 @@ def read_result(path):
     settings = identity(script, settings) | {"data": name, "classes": only}
     if args.amp != "auto":
         settings["compute dtype"] = environment["dtype"]
-    common = {**settings, "classes": tuple(classes), "data fingerprint": content["data"]["fingerprint"],
-              "dtype": environment["dtype"], "major version of torch": environment["torch"].split(".")[0]}  # fmt: skip
+    common = {**settings, "classes": tuple(classes), "data fingerprint": content["data"]["fingerprint"]}
+    common |= {"dtype": environment["dtype"], "major version of torch": environment["torch"].split(".")[0]}
     hash(tuple(common.values()))  # TypeError for a list where none belongs
     return Run(path.parent.name, named, settings, common, []), content
 

@@ -215,7 +215,7 @@ def spec(names):
 
 
 def pick(dataset, option, text):
-    """The class names, a tuple, that are joined by commas: names of classes or, where no class is called so, of
+    """The class names, a tuple, in a text with commas: names of classes or, where no class is called so, of
     GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
     names = []
     for name in text.split(","):

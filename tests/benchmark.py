@@ -3,14 +3,14 @@
     python tests/benchmark.py                            # everything, or one or several of these:
     python tests/benchmark.py train                      # every architecture, against plain PyTorch
     python tests/benchmark.py fewshot                    # episodes, against a plain loop
-    python tests/benchmark.py augment                    # every augmentation, against torchvision and, if installed, Kornia
+    python tests/benchmark.py augment                    # every augmentation, against torchvision, Kornia
     python tests/benchmark.py data                       # decoding
     python tests/benchmark.py start --images 270000      # seconds to the first training step
     python tests/benchmark.py train --device cuda --rounds 2 --images 6400 --json train.json
 
 Our training is `train.fit` itself; its rate comes from its history. Plain PyTorch is training as usually
 written: ImageFolder, a DataLoader with workers, PIL transforms, float32, NCHW, `.item()` after each step.
-Files are written to a temporary folder only.
+Kornia is measured if it is installed. Files are written to a temporary folder only.
 """
 
 import contextlib
