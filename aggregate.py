@@ -103,10 +103,10 @@ OTHER = Table("Other runs", "run", METRICS)  # those that none of the tables sho
 
 
 def read_published(numbers=True):
-    """The study's numbers in docs/study.md, {table: {row: {column: (mean, std)}}}. A single seed has no std, and
-    `-` gives (); so does every cell without `numbers`."""
-    text, published = Path(__file__).resolve().parent / "docs" / "study.md", defaultdict(dict)
-    for line in text.read_text(encoding="utf-8").splitlines():
+    """The study's numbers in docs/study.md, {table: {row: {column: (mean, std)}}}; {} where it is missing.
+    A single seed has no std, and `-` gives (); so does every cell without `numbers`."""
+    path, published = Path(__file__).resolve().parent / "docs" / "study.md", defaultdict(dict)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         if first in TABLES:
             rows, columns = published[first], cells
@@ -158,10 +158,16 @@ def read_result(path):
     script = "fewshot" if "way" in config else "moe" if "train_adapters" in config else "train"
     settings = {key: config.get(key, default) for key, default in DEFAULTS[script].items()}
     measured = [content["test"], *(content[part] for part in content.keys() & PARTS.values())]
-    splits = ("train",) if script == "fewshot" else ("train", "valid")
-    measured += [epoch[split] for epoch in content["history"] for split in splits]
+    history, splits = content["history"], ("train",) if script == "fewshot" else ("train", "valid")
+    measured += [epoch[split] for epoch in history for split in splits]
     if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
+    if len(history) != settings.get("epochs", len(history) or 1):
+        raise ValueError(f"{len(history)} epochs in its history")
+    if np.shape(content["confusion"]) != (len(classes), len(classes)):
+        raise ValueError(f"confusion is not of {len(classes)} classes")
+    if script == "moe" and np.shape(content["gate"]) != (len(classes), 1 + len(settings["experts"])):
+        raise ValueError(f"gate is not of {len(classes)} classes and {1 + len(settings['experts'])} experts")
     only, environment = config["classes"] and data.spec(classes), content["environment"]
     args = argparse.Namespace(**settings)
     named = SCRIPTS[script].run_name(args, name, only) == path.parent.name

@@ -7,7 +7,6 @@ A data set has three splits; a split is `images`, uint8 (N, 3, 32, 32), and `lab
 """
 
 import collections
-import difflib
 import hashlib
 import http.client
 import itertools
@@ -215,8 +214,8 @@ def spec(names):
 
 
 def pick(dataset, option, text):
-    """The class names, a tuple, in a text with commas: names of classes or, where no class is called so, of
-    GROUPS. Blanks around a name are dropped unless they belong to it. Raises ValueError for other names."""
+    """The classes, a tuple, that `text` names, separated by commas: names of classes (without a comma) or, where
+    no class is called so, of GROUPS. Blanks that belong to no name are dropped. Raises ValueError for others."""
     names = []
     for name in text.split(","):
         name = name if name in dataset.classes else name.strip()
@@ -396,15 +395,12 @@ def _find_splits(folder, ignored):
     """{split: its folder} for the splits there are, {"train": folder} for class folders alone. Adds the rest
     to `ignored`. Raises OSError for a misspelt split, and for a part of a data set."""
     places, entries = {}, _visible(folder)
-    folders = [entry.name for entry in entries if entry.is_dir()]
     for split, spellings in SPELLINGS.items():
-        found = [name for name in folders if name.lower() in spellings]
+        found = [entry.name for entry in entries if entry.is_dir() and entry.name.lower() in spellings]
         if len(found) > 1:
             raise FileExistsError(f"{folder} has both {found[0]}/ and {found[1]}/: rename or remove one")
-        meant = found or [name for name in difflib.get_close_matches(split, folders, 1, 0.8) if any(
-            inner.is_dir() for inner in _visible(folder / name))]  # fmt: skip
-        if meant and meant != [split] and not (split == "valid" and found):
-            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {meant[0]}/? Rename it")
+        if found and split != "valid" and found[0] != split:
+            raise FileNotFoundError(f"{folder} has no folder {split}/: did you mean {found[0]}/? Rename it")
         if found:
             places[split] = folder / found[0]
     if "train" in places:
@@ -436,22 +432,24 @@ def _list_split(split, ignored):
         is_image = name and entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file()
         if not is_image and not entry.is_dir():
             ignored[Path(entry).suffix.lower() or "without suffix"] += 1
-        elif real in seen:
+            continue
+        if real in seen:
             ignored["reached again through a link"] += 1
-        elif is_image:
+            continue
+        seen.add(real)
+        if is_image:
             info = entry.stat()
             files.append((order, entry.name, (name, os.fspath(entry), info.st_size, info.st_mtime_ns)))
         else:
             order = os.fspath(entry).replace(os.sep, "\0")  # "\0": a folder before its neighbour "folder 2"
             for inner in reversed(_visible(entry)):
-                kind = name or (inner.name if inner.is_dir() else None)  # a class's, if it is in one
+                kind = name or (inner.name if inner.is_dir() else None)  # None: no class yet
                 if not inner.is_symlink():
                     todo.appendleft((inner, f"{real}{os.sep}{inner.name}", kind, order))
                 elif os.path.exists(inner):
                     todo.append((inner, None, kind, order))
                 else:
                     ignored["broken link"] += 1
-        seen.add(real)
     return [file for *_, file in sorted(files)]
 
 

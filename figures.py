@@ -23,18 +23,21 @@ import moe
 def draw_lines(figure, lines, xlabel, ylabel, style):
     """Draw means with error bars of one standard deviation, a panel for each title. Returns the panels' axes.
 
-    lines: {(title, label): (x, mean, std)}, each (points,); std is NaN where there is no bar.
+    lines: {(title, label): (x, mean, std)}, each (points,); std is NaN where there is no bar; () for no line.
     """
     titles, labels = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
     grid = figure.subplots(-(-len(titles) // 2), min(2, len(titles)), squeeze=False, sharey=bool(ylabel)).flat
     handles = {}
     for (title, label), points in lines.items():
+        if not points:
+            continue
         axes, colour = grid[titles.index(title)], f"C{labels.index(label)}"
         axes.set(title=title if ylabel else None, xlabel=xlabel, ylabel=ylabel or title)
         handles[label] = axes.errorbar(*points, fmt=style, color=colour, capsize=3)
     for axes in grid[len(titles) :]:
         axes.set_visible(False)
-    columns = 5 if max(map(len, labels)) < 12 else 3
+    longest = max(map(len, labels))
+    columns = 5 if longest < 12 else 3 if longest < 30 else 1
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     return grid[: len(titles)]
 
@@ -42,7 +45,7 @@ def draw_lines(figure, lines, xlabel, ylabel, style):
 def draw_epochs(figure, cells):
     """Validation accuracy by epoch: a panel per row and a line per column, or one panel with a line per row;
     of a single run also training and loss. Lines end in error bars, side by side."""
-    series = {(cell.row, cell.column): (cell.run, "valid", "accuracy") for cell in cells if cell.run}
+    series = {(cell.row, cell.column): (cell.run, "valid", "accuracy") for cell in cells}
     if all(cell.column == "accuracy" for cell in cells):
         series = {("", row): what for (row, _), what in series.items()}
     if len(cells) == 1:
@@ -50,6 +53,9 @@ def draw_epochs(figure, cells):
         series = {(metric, part): (cells[0].run, part, metric) for metric, part in whats}
     lines, labels = {}, list(dict.fromkeys(label for _, label in series))
     for (title, label), (run, part, metric) in series.items():
+        lines[title, label] = ()
+        if not run:
+            continue
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
         mean, epochs = values.mean(0), values.shape[1]
         std = values[:, -1].std(ddof=1) if len(values) > 1 else math.nan
@@ -119,7 +125,7 @@ def draw_samples(figure, dataset, names, count):
 
 
 draw_fractions = functools.partial(draw_accuracy, by_row=True)
-# Of a table. row: of the only cell that the figure shows (None: all that can be compared). size: in inches
+# A table's figure. row: of the only cell shown, None for all that can be compared; size: in inches
 Drawing = namedtuple("Drawing", "file draw row size title")
 FIGURES = {
     "overfitting": Drawing("overfitting", draw_epochs, "custom", (9, 4.4), "Overfitting, custom network"),
@@ -143,8 +149,10 @@ def drawn_cells(view):
         cells = [cell for cell in cells if cell.column == "accuracy" and row in (None, cell.row)]
     if view.name == "other":  # few-shot learning has no such curves
         cells = [cell for cell in cells if "valid" in cell.run.results[0]["history"][0]]
-    counts = Counter(by_setting and cell.row for cell in cells if cell.values)
-    cells = [cell for cell in cells if row or 1 < counts[by_setting and cell.row] <= 10]  # of ten colours
+    counts, most = Counter(by_setting and cell.row for cell in cells if cell.values), math.inf
+    if view.name == "other":
+        most = 10  # as many as there are colours
+    cells = [cell for cell in cells if row or 1 < counts[by_setting and cell.row] <= most]
     used = {cell.column for cell in cells if cell.values}
     return [cell for cell in cells if cell.column in used]
 
@@ -163,9 +171,9 @@ def draw(views, folder, samples_of=None):
     except ImportError:
         raise RuntimeError("figures need matplotlib: pip install matplotlib") from None
 
-    def save(name, size, title, draw, *what):
+    def save(name, size, title, function, *what):
         figure, path = Figure(figsize=size, layout="constrained"), folder / f"{name}.png"
-        draw(figure, *what)
+        function(figure, *what)
         figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
         figure.suptitle(title, fontsize=11)
         figure.savefig(path, dpi=130)
@@ -185,11 +193,12 @@ def draw(views, folder, samples_of=None):
             seen |= used
     count = Counter(view.name for view, _ in drawn)
     for view, cells in drawn:
-        file, function, _, size, title = FIGURES[view.name]
+        drawing = FIGURES[view.name]
         n = "–".join(map(str, sorted({len(cell.values) for cell in cells if cell.values})))
-        what = "mean" if function in (draw_confusion, draw_gate) else "mean ± std"
-        title = f"{title}\n{view.heading}; {what} over seeds, n = {n}"
-        save(slug(file, view.heading if count[view.name] > 1 else ""), size, title, function, cells)
+        what = "mean" if drawing.draw in (draw_confusion, draw_gate) else "mean ± std"
+        title = f"{drawing.title}\n{view.heading}; {what} over seeds, n = {n}"
+        name = slug(drawing.file, view.heading if count[view.name] > 1 else "")
+        save(name, drawing.size, title, drawing.draw, cells)
     if samples_of:
         dataset = images_of(samples_of)
         title = f"{dataset.name}\na training image, and random draws of augmentations"

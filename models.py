@@ -171,7 +171,7 @@ def load(path):
     model = build(arch, len(classes), stem=stem)
     try:
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: its layers differ from those of models.py: train it again") from error
     model.classes, model.mean, model.std = classes, mean, std
     return model.eval()

@@ -129,7 +129,8 @@ def number(kind, interval):
             if low < value < high or at_end:
                 return value
         what = "an integer" if kind is int else "a number"
-        hint = ": write several seeds as 1 2 3" if re.search(r"\d([,;:]|-|\.\.)\d", text) else ""
+        several = re.search(r"\d([,;:]|-|\.\.)\d", text)
+        hint = ": write decimals as 0.5, several seeds as 1 2 3" if several else ""
         raise argparse.ArgumentTypeError(f"{text} is not {what} in {interval}{hint}")
 
     return parse
@@ -192,7 +193,7 @@ def progress(items, what, total, count=lambda item: 1):
         if terminal and now - drawn > 0.2:
             drawn, rate = now, done / (now - started)
             line = f"{what}: {done:,}/{total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s left"
-            line = line[: shutil.get_terminal_size().columns - 1]  # a second line could not be redrawn
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be overwritten
             print(f"\r{line}\033[K", end="", file=sys.stderr, flush=True)
     if terminal:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
@@ -386,9 +387,9 @@ def environment(run):
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         device = f"{run.device.type} ({capability}, {torch.get_num_threads()} threads)"
-    versions = {name: metadata.version(name) for name in ("torch", "torchvision")}
-    code = {"commit": commit, "code": run.code, "dtype": str(run.dtype).removeprefix("torch.")}
-    return {"python": platform.python_version(), **versions, "device": device, **code}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"torchvision": metadata.version("torchvision"), "commit": commit, "code": run.code}
+    return {**versions, "device": device, "dtype": str(run.dtype).removeprefix("torch.")}
 
 
 # Seeds
@@ -407,15 +408,16 @@ def run_seeds(args, name_run, load, train):
     folder = Path(args.out) / name_run(args, dataset.name, dataset.only)
     for number, seed in enumerate(args.seed, start=1):
         run = Run(args, seed, dataset, device, folder / f"seed{seed}.json", code)
+        results[seed] = None if args.force else finished(run.path, run.settings)
+        if result := results[seed]:
+            other = "" if result.get("environment", {}).get("code") == code else ", made by other code"
+            exists = f"skipped, its result exists ({run.path}{other})"
+            print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
+            continue
         with exclusive(Path(args.out) / ".locks" / f"{folder.name}-seed{seed}"):
-            result = None if args.force else finished(run.path, run.settings)
-            if result:
-                other = "" if result.get("environment", {}).get("code") == code else ", made by other code"
-                exists = f"skipped, its result exists ({run.path}{other})"
-                print(f"{folder.name} seed {seed}: {exists}; --force runs it again")
-            else:
-                several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
-                print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
+            several = f" ({number} of {len(args.seed)})" if len(args.seed) > 1 else ""
+            print(f"\n{folder.name} seed {seed}{several} on {device} -> {run.path}", flush=True)
+            result = None if args.force else finished(run.path, run.settings)  # from another process
             results[seed] = result or run_seed(run, train)
     return folder, results
 

@@ -95,7 +95,7 @@ class Totals:
         """METRICS. Synchronizes with the device. Raises RuntimeError for a loss that is NaN or infinite."""
         loss = self.loss.item() / self.confusion.sum().item()
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss became {loss}: lower --lr, or use --amp off")
+            raise RuntimeError(f"the loss is {loss}: lower --lr, or use --amp off")
         return metrics(self.confusion, loss)
 
 

@@ -225,11 +225,12 @@ def test_splits_that_are_missing_are_a_tenth_of_train_each(given, image_folder, 
     ("a/up", "..", [8, 8]), ("a/up", "../..", [8, 8]), ("a/up", "../b", [8, 8]), ("b/up", "../a", [8, 8]),
     ("a/0again.png", "1.png", [8, 8]), ("a/0again.png", "../b/1.png", [8, 8]), ("a/loop", "loop", [8, 8]),
     ("a/more", "../../pool", [16, 8]), ("a/more.png", "../../pool/0.png", [9, 8]),
-    ("a/more.png", "../.hidden/0.png", [9, 8]),
+    ("a/more.png", "../.hidden/0.png", [9, 8]), ("a/more.png", "../stray.png", [9, 8]),
 ])  # fmt: skip
 def test_links_are_followed_but_nothing_is_taken_twice(link, target, counts, image_folder, tmp_path, capsys):
     folder = image_folder(("a", "b", ".hidden"), (("train", 8), ("valid", 1), ("test", 1)))
     shutil.copytree(folder / "train" / ".hidden", folder / "pool")
+    shutil.copy(folder / "pool" / "1.png", folder / "train" / "stray.png")  # of no class
     (folder / "train" / link).symlink_to(target)
     if link == "a/more":
         (folder / "train" / "b" / "pool").symlink_to(target)
@@ -543,9 +544,7 @@ def test_no_network_is_one_line_with_remedies(run, one_line):
 
 @pytest.mark.parametrize(("change", "data_set", "words"), [
     ("mv train training", "", ["no folder train/", "did you mean training/?"]),
-    ("mv train trian", "", ["no folder train/", "did you mean trian/?"]),
     ("mv test Test", "", ["no folder test/", "did you mean Test/?"]),
-    ("mv valid vaild", "", ["no folder valid/", "did you mean vaild/?"]),
     ("rm -r train test", "", ["no folder train/", "train/<class>/*"]),
     ("mv valid/dog dog", "", ["too few images in", "valid/dog (", ".png", "0 found, 1 needed"]),
     ("rm -r valid train/dog/[1-5]*", "", ["too few images in", "train/dog (", "1 found, 2 needed"]),

@@ -70,6 +70,10 @@ def test_a_panel_needs_two_settings_and_the_legend_shows_what_is_drawn(tmp_path)
     figure = drawn(figures.draw_accuracy, tmp_path, "augmentation")
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["custom"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "flip"]
+    for words in ("--lr 0.0005", "", "--arch densenet121 --lr 0.002", "--arch densenet121"):
+        fake(tmp_path, f"train.py --aug hybrid {words}")
+    legend = drawn(figures.draw_epochs, tmp_path, "learning-rate").legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == ["0.002", "0.001", "0.0005"]
 
 
 def test_two_to_ten_other_runs_are_drawn(tmp_path):

@@ -349,5 +349,5 @@ def test_no_gpu_and_no_weights_are_one_line(run, one_line, tmp_path):
 
 def test_a_nan_or_infinite_loss_ends_the_run_and_leaves_no_result(run, one_line, tmp_path):
     process = run("train.py", *TINY, "--optimizer", "sgd", "--lr", 1e30, "--out", tmp_path)
-    one_line(process, 1, "loss became", "--lr")
+    one_line(process, 1, "the loss is nan", "--lr")
     assert not list(tmp_path.rglob("*.json"))

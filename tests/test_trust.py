@@ -393,7 +393,6 @@ def test_readmes_extensions_work_and_their_table_appears(tmp_path):
             dictionary = rf"(?ms)^{line.split('[')[0]} = {{.*?^}}.*?\n"  # the line goes below it
             text = re.sub(dictionary, lambda found, line=line: f"{found[0]}{line}\n", text)
         (tmp_path / path.name).write_text(text, encoding="utf-8")
-    shutil.copytree(HOUSE / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("results", "figures"))
     common = "--data synthetic-small --arch mine --optimizer asgd --fraction 0.1 --epochs 1"
     for command in (f"train.py {common} --aug dark", f"train.py {common}", "aggregate.py results"):
         words = [sys.executable, *command.split()]
