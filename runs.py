@@ -387,9 +387,9 @@ def environment(run):
     else:
         capability = torch.backends.cpu.get_cpu_capability()
         device = f"{run.device.type} ({capability}, {torch.get_num_threads()} threads)"
-    system = {"python": platform.python_version(), "torch": torch.__version__, "device": device}
-    system["torchvision"] = metadata.version("torchvision")
-    return {**system, "commit": commit, "code": run.code, "dtype": str(run.dtype).removeprefix("torch.")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["torchvision"], dtype = metadata.version("torchvision"), str(run.dtype).removeprefix("torch.")
+    return {**versions, "device": device, "commit": commit, "code": run.code, "dtype": dtype}
 
 
 # Seeds

@@ -294,11 +294,11 @@ def test_names_that_cannot_be_used_are_rejected():
 @pytest.mark.parametrize("name", augment.AUGMENTATIONS)
 def test_every_image_and_every_call_is_drawn_anew_and_a_seed_repeats(name):
     function = augment.AUGMENTATIONS[name]
-    images = data.synthetic((10, 10, 10)).train.images[3].expand(64, -1, -1, -1)
+    images = data.synthetic((10, 10, 10)).train.images[3].expand(256, -1, -1, -1)
     generator = torch.Generator().manual_seed(1)
     first, second = function(images, generator), function(images, generator)
     assert len(first.flatten(1).unique(dim=0)) > (1 if name == "flip" else 5)
-    assert not torch.equal(first, second)
+    assert not torch.equal(first, second) and not torch.equal(first[:128], first[128:])  # of two blocks
     assert torch.equal(first, function(images, torch.Generator().manual_seed(1)))
 
 

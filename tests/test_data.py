@@ -291,6 +291,7 @@ def test_fraction_keeps_the_same_number_of_every_class(fraction):
     assert len(part.valid.labels) == 100 and len(part.test.labels) == 200
     larger, smaller = (set(map(tuple, subset.train.images.flatten(1).tolist())) for subset in (part, half))
     assert smaller <= larger
+    assert data._place_in_class(torch.zeros(8, dtype=torch.int64)).tolist() == [1, 6, 4, 3, 0, 5, 7, 2]
     assert part.mean[0] == pytest.approx((part.train.images[:, 0].double() / 255).mean().item(), abs=1e-9)
 
 

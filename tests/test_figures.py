@@ -1,5 +1,7 @@
 """The figures of result files, read back from their axes."""
 
+import json
+
 import numpy as np
 import pytest
 import test_aggregate
@@ -33,7 +35,8 @@ def test_every_figure_is_drawn_whatever_matplotlibrc_says(whole, run, tmp_path):
 def test_rows_of_the_confusion_figure_are_true_classes(tmp_path):
     counts = 10 * np.eye(10) + 30 * np.roll(np.eye(10), 1, axis=1)  # a quarter right, the others one class on
     counts[0] *= 2
-    fake(tmp_path, "train.py", confusion=counts.tolist())
+    fake(tmp_path, "train.py", seeds=[1], confusion=(counts * np.eye(10)).tolist())
+    fake(tmp_path, "train.py", seeds=[2], confusion=(counts * (1 - np.eye(10))).tolist())
     (axes,) = drawn(figures.draw_confusion, tmp_path, "initial").axes
     assert axes.images[0].get_array()[:2, :3].tolist() == [[0.25, 0.75, 0], [0, 0.25, 0.75]]
     texts = {text.get_position(): text.get_text() for text in axes.texts}  # x, y
@@ -50,9 +53,13 @@ def test_curves_show_validation_and_end_in_an_error_bar(tmp_path):
     """In files of `fake`, validation accuracy is 0.02 above training accuracy."""
     for rate, accuracy, seeds in ((0.1, 0.5, (1, 2, 3)), (0.2, 0.6, (1, 2, 3)), (0.3, 0.7, [1])):
         fake(tmp_path, f"train.py --aug hybrid --dropout {rate}", accuracy, seeds)
+    path = tmp_path / "custom-hybrid-dropout0.1" / "seed1.json"
+    content = json.loads(path.read_text())
+    content["history"][0]["valid"]["accuracy"] += 0.3  # in the first epoch only
+    path.write_text(json.dumps(content))
     (axes,) = drawn(figures.draw_epochs, tmp_path, "dropout").axes
     first, second, single = axes.containers
-    assert first.lines[0].get_xydata()[0].tolist() == pytest.approx([1, 0.52])
+    assert first.lines[0].get_xydata()[0].tolist() == pytest.approx([1, 0.62])
     assert second.lines[0].get_xydata()[9].tolist() == pytest.approx([10, 0.62])
     for container, mean in ((first, 0.52), (second, 0.62)):
         *_, bar = container.lines[2][0].get_segments()
@@ -61,6 +68,7 @@ def test_curves_show_validation_and_end_in_an_error_bar(tmp_path):
     fake(tmp_path, "train.py --epochs 30")
     accuracy, loss = drawn(figures.draw_epochs, tmp_path, "overfitting").axes
     assert [container.lines[0].get_ydata()[0] for container in accuracy.containers] == [0.5, 0.52]
+    assert [container.lines[0].get_ydata()[0] for container in loss.containers] == pytest.approx([1.5, 1.52])
     assert (accuracy.get_ylabel(), loss.get_ylabel()) == ("accuracy", "loss")
 
 
@@ -70,6 +78,9 @@ def test_a_panel_needs_two_settings_and_the_legend_shows_what_is_drawn(tmp_path)
     figure = drawn(figures.draw_accuracy, tmp_path, "augmentation")
     assert [axes.get_title() for axes in figure.axes if axes.get_visible()] == ["custom"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["none", "flip"]
+    fake(tmp_path, "train.py --arch densenet121 --aug crop", 0.6)  # which has no flip
+    first = drawn(figures.draw_accuracy, tmp_path, "augmentation").axes[0].containers[0]
+    assert np.allclose(first.lines[0].get_xydata(), [[0, 0.5], [2, 0.6]])
     for words in ("--lr 0.0005", "", "--arch densenet121 --lr 0.002", "--arch densenet121"):
         fake(tmp_path, f"train.py --aug hybrid {words}")
     legend = drawn(figures.draw_epochs, tmp_path, "learning-rate").legends[0]
@@ -96,12 +107,15 @@ def test_the_few_shot_figure_names_its_methods(whole):
 
 
 def test_the_gate_is_drawn_by_the_groups_names(tmp_path):
-    fake(tmp_path, "moe.py --experts airplane,automobile,ship,truck bird,cat")
+    for seed, weights in ((1, [0.2, 0.3, 0.5]), (2, [0.4, 0.3, 0.3])):
+        gate = [weights, *[[0.1, 0.8, 0.1]] * 9]
+        fake(tmp_path, "moe.py --experts airplane,automobile,ship,truck bird,cat", seeds=[seed], gate=gate)
     figure = drawn(figures.draw_gate, tmp_path, "moe")
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["base", "vehicles", "bird+cat"]
     bars = [container[0] for container in figure.axes[0].containers]
-    assert [bar.get_width() for bar in bars] == pytest.approx([0.2, 0.3, 0.5])
-    assert [bar.get_x() for bar in bars] == pytest.approx([0, 0.2, 0.5])
+    assert [bar.get_width() for bar in bars] == pytest.approx([0.3, 0.3, 0.4])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(data.CLASSES)
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, 0.3, 0.6])
 
 
 def test_figures_of_two_data_sets_have_them_in_their_names(run, tmp_path):

@@ -82,6 +82,11 @@ def test_a_network_is_its_layers_in_the_studys_order(name, training):
     torch.manual_seed(2)
     torch.testing.assert_close(model(inputs).double(), wanted, rtol=1e-4, atol=1e-5)
     assert models.build("custom", dropout=0.48).classifier[3].p == 0.9
+    assert {layer.momentum for layer in model.modules() if hasattr(layer, "momentum")} == {0.1}  # PyTorch's
+    torch.manual_seed(3)
+    first = nn.Conv2d(3, 32, 3).weight  # PyTorch's initialization
+    torch.manual_seed(3)
+    assert torch.equal(models.build("custom").features[0].weight, first)
 
 
 # torchvision's networks

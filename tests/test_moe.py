@@ -88,6 +88,9 @@ def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
     assert ["true", "class", "base", "a+c", "b+d"] in map(str.split, process.stdout.splitlines())
     (path,) = (tmp_path / "a").glob("moe-*/seed1.json")
     result = json.loads(path.read_text())
+    shown = {" ".join(line.split()) for line in process.stdout.splitlines()}
+    for part, label in moe.ROWS.items():
+        assert " ".join([label, *(f"{result[part][metric]:.4f}" for metric in train.METRICS)]) in shown
     name, expert = result["data"]["name"], "custom-hybrid-{}-{}epochs1-dropout0.2"
     names = {expert.format(name, part) for part in ("", "only-a+c-", "only-b+d-")}
     assert path.parent.name == f"moe-{name}-epochs1-experts-a+c_b+d-width16"

@@ -269,7 +269,7 @@ def test_epochs_chunks_and_seeds_differ_and_a_seed_repeats(spy, monkeypatch):
 
 @pytest.mark.parametrize(("images", "words", "sizes", "wanted"), [
     (65, "--schedule onecycle --aug hybrid", [64, 64, 2], {}), (129, "--schedule onecycle", [64, 65], {}),
-    (40, "--schedule onecycle --batch-size 8 --steps-per-epoch 3 --optimizer sgd", [8] * 3, {"momentum": 0}),
+    (40, "--schedule onecycle --batch-size 8 --steps-per-epoch 6 --optimizer sgd", [8] * 6, {"momentum": 0}),
     (12, "", [12], {"type": "Adam", "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}),
     (12, "--optimizer sgd --momentum 0.9", [12], {"type": "SGD", "momentum": 0.9, "nesterov": True}),
     (12, "--optimizer rmsprop --momentum 0.8", [12], {"type": "RMSprop", "momentum": 0.8, "weight_decay": 0}),
@@ -290,11 +290,18 @@ def test_each_step_has_its_learning_rate_and_settings(images, words, sizes, want
 def test_no_query_is_a_support_image_and_blocks_and_seeds_of_episodes_differ(spy, monkeypatch):
     asked = set()
     monkeypatch.setattr(augment, "parse", lambda name, *rest: asked.add(name) or [[]])
+    draw, kmeans, seen, starts = fewshot.episode_rows, fewshot.kmeans, [], []
+    monkeypatch.setattr(fewshot, "episode_rows", lambda *given: seen.append(draw(*given)) or seen[-1])
+    monkeypatch.setattr(
+        fewshot, "kmeans", lambda *given: starts.append(given[2].initial_seed()) or kmeans(*given)
+    )
     monkeypatch.setattr(fewshot, "EPOCH", 4)
     files = write_images({split: [6, 7, 8, 9, 6, 7] for split in COUNTS})
     settings = "--fraction 1 --way 4 --shot 2 --query 3 --episodes 10 --seed"
     start(fewshot, files, settings, "1 2")
     start(fewshot, files, settings, "2 --out again")
+    valid = [rows for rows, _ in seen if len(rows) == fewshot.VALIDATION_EPISODES]
+    assert torch.equal(valid[0], valid[1]) and len(set(starts)) == 2
     (images, labels), drawn = read_images("train"), []
     for one, (_, told) in zip([one for one in spy.passes if one.training], spy.losses, strict=True):
         rows, changed = identify(one.inputs, images)
@@ -353,6 +360,7 @@ def test_every_option_that_changes_training_changes_name_and_checkpoint(script):
     parsed = vars(script.make_parser().parse_args([]))
     assert {**defaults, "classes": None} == {name: parsed[name] for name in parsed.keys() - NEUTRAL}
     commands = ["", "--lr 1 --amp bf16", *OPTIONS[script]]  # the default may be either
+    assert parsed["checkpoint_every"] == 20
     names, checkpoints = set(), set()
     for args in (script.parse_arguments(words.split()) for words in commands):
         names.add(script.run_name(args, args.data, args.classes))

@@ -90,6 +90,8 @@ def test_tables_and_networks_are_chosen_by_their_exact_names():
     networks = [settings(command).arch for command in listed("--only initial --arch custom,resnet18")]
     assert networks == ["resnet18", "custom"]
     assert "moe.py" in listed("--only moe")[-1]  # after the networks that it needs
+    experts = [settings(command) for command in listed("--only moe,beyond-moe") if "train.py" in command]
+    assert len(experts) == 4 and all(vars(args).items() >= moe.EXPERT.items() for args in experts)
     compared = [settings(command) for command in fewshots if "onecycle" in command]
     assert {args.epochs * args.steps_per_epoch for args in compared} == {settings(fewshots[0]).episodes}
 

@@ -76,6 +76,7 @@ def test_a_checkpoint_with_different_settings_or_device_is_reported_and_ignored(
     ):
         assert make_run(tmp_path, *words, device=device).restore(states()) == []
         assert f"different settings ({named}); restarting from scratch" in capsys.readouterr().out
+    assert runs.environment(make_run(tmp_path, "--amp", "bf16"))["dtype"] == "bfloat16"
 
 
 def test_a_forced_run_discards_its_checkpoint(tmp_path):

@@ -64,8 +64,11 @@ def test_three_steps_of_fit_equal_the_textbook_loop(tmp_path):
     torch.manual_seed(0)
     ours = models.build("custom").to(memory_format=torch.channels_last)
     inputs = [batch.contiguous(memory_format=torch.channels_last) for batch in images]
+    states = []
+    run.restore = lambda stateful: states.extend(stateful) or []
     (entry,) = train.fit(run, ours, 10, [3], lambda epoch: zip(inputs, labels, strict=True))
     assert entry["train"]["loss"] == pytest.approx(sum(losses).item() / 3, rel=1e-3)
+    assert states == ["model", "optimizer", "scaler"]
     assert torch.allclose(plain.eval()(images[0]), ours.eval()(images[0]), atol=2e-3)
 
 
@@ -183,6 +186,7 @@ def test_every_optimizer_learns(optimizer):
     args = train.parse_arguments(["--optimizer", optimizer, "--lr", "0.01", "--weight-decay", "0.0001"])
     weight = torch.nn.Parameter(torch.ones(3))
     made = train.make_optimizer([weight], args, torch.device("cpu"))
+    assert type(made).__name__.lower() == optimizer
     assert made.defaults["lr"] == 0.01 and made.defaults["weight_decay"] == 1e-4
     (weight**2).sum().backward()
     made.step()
@@ -266,6 +270,14 @@ def test_result_file_skip_and_force(run, tmp_path):
     assert f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}" in row
     assert sorted(os.listdir(folder)) == ["seed1.json", "seed1.pt", "seed2.json", "seed2.pt"]
     result = json.loads((folder / "seed2.json").read_text())
+    head, _, _, row, *_ = (line.split("  ") for line in first.stdout.split("test split\n")[1].splitlines())
+    head, row = ([cell.strip() for cell in line if cell.strip()] for line in (head, row))
+    wanted = {**result["test"], "accuracy with mirror images": result["test_tta"]["accuracy"]}
+    assert dict(zip(head[1:], row[1:], strict=True)) == {
+        name: f"{value:.4f}" for name, value in wanted.items()
+    }
+    valid = result["history"][1]["valid"]
+    assert f"valid loss {valid['loss']:.4f} accuracy {valid['accuracy']:.4f}" in first.stdout
     names = "version config data environment history test confusion test_tta seconds peak_memory_bytes"
     assert " ".join(result) == names
     names = "python torch torchvision device commit code dtype"
@@ -285,6 +297,12 @@ def test_result_file_skip_and_force(run, tmp_path):
     assert (folder / "seed1.json").stat().st_mtime_ns == before
     run(*command[:-4], 1, "--out", tmp_path, "--force")
     assert (folder / "seed1.json").stat().st_mtime_ns > before
+
+
+def test_printed_results_show_the_accuracy_with_mirror_images(capsys):
+    result = {"test": dict.fromkeys(train.METRICS, 0.1), "test_tta": {"accuracy": 0.9}}
+    train.print_results("run", {1: result})
+    assert capsys.readouterr().out.split()[-6:] == ["0.1000"] * 5 + ["0.9000"]
 
 
 def name_of(words="", data="cinic10", only=None):
