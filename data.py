@@ -223,6 +223,7 @@ def pick(dataset, option, text):
     for name in names:
         if name not in dataset.classes:
             known = ", ".join(dataset.classes)
+            known += " (one with a comma cannot be selected)" * any("," in name for name in dataset.classes)
             raise ValueError(f"{option} {text}: {dataset.name} has no class {name!r}; it has {known}")
     return tuple(dict.fromkeys(names))
 
@@ -364,10 +365,6 @@ def _list_images(folder):
     if ignored:
         kinds = [f"{count:,} {kind}" for kind, count in ignored.most_common(20)]
         print(f"ignored in {folder}: {', '.join(kinds + ['...'] * (len(ignored) > 20))}")
-    missing = [split for split in SPLITS if split not in places]
-    if missing:
-        tenths = "a tenth of each class, with a fixed seed"
-        print(f"{' and '.join(missing)} split off {places['train']}: {tenths}")
     for one, other in itertools.combinations(places, 2):
         if places[one].samefile(places[other]):
             print(f"warning: {one} and {other} are the same images: {places[other].resolve()}")
@@ -375,13 +372,19 @@ def _list_images(folder):
     classes = sorted({entry.name for entry in entries if entry.is_dir()})
     if not classes:
         raise FileNotFoundError(f"{places['train']} has no class folders: {LAYOUT}")
+    missing = [split for split in SPLITS if split not in places]
     for split, place in places.items():
         counts = collections.Counter(name for name, *_ in files[split])
         needed = 1 + len(missing) if split == "train" else 1
         for name in classes:
+            if not (place / name).is_dir():
+                raise FileNotFoundError(f"{place} has no class folder {name}/, but another split has")
             if counts[name] < needed:
                 where = f"{place / name} ({' '.join(IMAGE_SUFFIXES)})"
                 raise FileNotFoundError(f"too few images in {where}: {counts[name]} found, {needed} needed")
+    if missing:
+        tenths = "a tenth of each class, with a fixed seed"
+        print(f"{' and '.join(missing)} split off {places['train']}: {tenths}")
     return classes, files
 
 

@@ -59,9 +59,11 @@ def draw_epochs(figure, cells):
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
         mean, epochs = values.mean(0), values.shape[1]
         std = values[:, -1].std(ddof=1) if len(values) > 1 else math.nan
-        end = epochs * (1.03 + 0.03 * labels.index(label))  # where the error bar stands
-        lines[title, label] = [*range(1, epochs + 1), end], [*mean, mean[-1]], [*[math.nan] * epochs, std]
-    draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-")
+        end, gap = epochs * (1.03 + 0.03 * labels.index(label)), math.nan  # the bar stands beside its line
+        x = [*range(1, epochs + 1), end, end]
+        lines[title, label] = x, [*mean, gap, mean[-1]], [*[gap] * (epochs + 1), std]
+    for axes in draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-"):
+        axes.locator_params(axis="x", integer=True)
 
 
 def draw_accuracy(figure, cells, by_row=False):
@@ -194,7 +196,8 @@ def draw(views, folder, samples_of=None):
     count = Counter(view.name for view, _ in drawn)
     for view, cells in drawn:
         drawing = FIGURES[view.name]
-        n = "–".join(map(str, sorted({len(cell.values) for cell in cells if cell.values})))
+        seeds = sorted({len(cell.values) for cell in cells if cell.values})
+        n = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else seeds[0]
         what = "mean" if drawing.draw in (draw_confusion, draw_gate) else "mean ± std"
         title = f"{drawing.title}\n{view.heading}; {what} over seeds, n = {n}"
         name = slug(drawing.file, view.heading if count[view.name] > 1 else "")

@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh                        the study: CINIC-10, seeds 1 2 3
 #   bash run_all.sh --smoke                every table and figure, tiny, on generated images: minutes
-#   bash run_all.sh --only initial,moe --data path/to/folder --seeds 1 2 --jobs 2
+#   bash run_all.sh --only initial,dropout --data path/to/folder --seeds 1 2 --jobs 2
 #   bash run_all.sh --list                 print the commands, one per line, and run nothing
 #   bash run_all.sh -- --epochs 2          settings for every train.py and moe.py without its own
 #
@@ -161,7 +161,7 @@ for _, sys.argv[0], *arguments in map(shlex.split, sys.stdin):
     script = __import__(pathlib.Path(sys.argv[0]).stem)
     runs.command_line(lambda: script.parse_arguments(arguments))') || exit 2
 fi
-echo "${#commands[@]} runs; results so far: $(find -L "$results" -name 'seed*.json' 2>/dev/null | wc -l)" >&2
+echo "${#commands[@]} commands, for seeds $seeds each; result files in $results so far: $(find -L "$results" -name 'seed*.json' 2>/dev/null | wc -l)" >&2
 [ ! "$list" ] || { printf %s "$lines" && exit; }
 "$python" -c 'import matplotlib' 2>/dev/null && figures=(--figures "$results/figures")
 visible=${CUDA_VISIBLE_DEVICES-$(nvidia-smi -L 2>/dev/null | sed -n 's/^GPU \([0-9]*\):.*/\1/p')}

@@ -78,7 +78,7 @@ def command_line(main):
         sys.stdout.flush()
     except KeyboardInterrupt as stopped:
         signal_name = signal.Signals(stopped.args[0]).name
-        advice = "the same command resumes from the last checkpoint, if there is one"
+        advice = "the same command resumes from the last checkpoint (see --checkpoint-every), if there is one"
         print(f"{name}: stopped by {signal_name}: {advice}", file=sys.stderr)
         status = 128 + stopped.args[0]
     except BrokenPipeError:  # the reader, such as head, has exited
