@@ -153,6 +153,8 @@ def test_published_numbers_are_those_of_the_slides_and_the_report():
         numbers = (tuple(map(float, word.split("±"))) for word in words[1::2])
         found = {column: pair for column, pair in PUBLISHED[name][row].items() if pair}
         assert found == dict(zip(words[::2], numbers, strict=True))
+    values = enumerate(itertools.chain(*published()), 1)  # all of them, as compared once
+    assert sum(number * value for number, value in values) == pytest.approx(9641.2268, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -198,12 +200,13 @@ def test_the_few_shot_comparison_has_all_methods_by_fraction(whole, tmp_path, ru
 
 @pytest.mark.parametrize("own", ["", "--data cifar10"])
 def test_of_two_runs_for_a_cell_the_one_nearer_to_the_study_stands_there(own, tmp_path, run):
-    for fraction, batch, accuracy in ((0.01, 16, 0.3), (0.02, 32, 0.5), (0.01, 64, 0.4)):
+    for fraction, batch, accuracy in ((0.01, 16, 0.3), (0.02, 32, 0.5), (0.05, 16, 0.35), (0.01, 64, 0.4)):
         words = f"--fraction {fraction} --aug flip+autoaugment --batch-size {batch} {own}"
         other = fake(tmp_path, f"train.py {words}", accuracy).parent.name
     text = run("aggregate.py", tmp_path).stdout
     assert table(text, "Regular training on the same fractions")["0.01"]["accuracy"] == "0.3000 ± 0.0010"
     assert list(table(text, "Other runs")) == [other]
+    assert text.count("| study") == (0 if own else 2)  # not beside another batch size
 
 
 def test_results_of_other_contexts_never_share_a_table(tmp_path):
@@ -376,15 +379,15 @@ def test_a_single_seed_shows_no_deviation_and_unequal_numbers_of_seeds_show(tmp_
 
 def test_csv_is_tidy(tmp_path, run):
     for lr, decay in ((0.001, 0), (0.002, 0.00005)):
-        fake(tmp_path, f"train.py --data cifar10 --lr {lr} --weight-decay {decay}", accuracy=lr)
+        fake(tmp_path, f"train.py --data cifar10 --lr {lr} --weight-decay {decay}", lr, (1, 2, 4))
     rows = list(csv.DictReader(io.StringIO(run("aggregate.py", tmp_path, "--format", "csv").stdout)))
     names = ["run", "seed", "data", "fingerprint", "lr", "weight_decay", *aggregate.METRICS, TTA]
     assert list(rows[0]) == names and float(rows[0][TTA]) == pytest.approx(0.01)
     assert all(row["fingerprint"] == "0f" for row in rows)
     shown = [" ".join(row[name] for name in ("lr", "weight_decay", "seed", "accuracy", "f1")) for row in rows]
     assert shown == [
-        "0.001 0 1 0.0 0.3", "0.001 0 2 0.001 0.301", "0.001 0 3 0.002 0.302", "0.002 0.00005 1 0.001 0.301",
-        "0.002 0.00005 2 0.002 0.302", "0.002 0.00005 3 0.003 0.303"]  # fmt: skip
+        "0.001 0 1 0.0 0.3", "0.001 0 2 0.001 0.301", "0.001 0 4 0.003 0.303", "0.002 0.00005 1 0.001 0.301",
+        "0.002 0.00005 2 0.002 0.302", "0.002 0.00005 4 0.004 0.304"]  # fmt: skip
 
 
 def test_latex_tables_are_whole_and_a_folders_name_breaks_no_table(whole, run, tmp_path):

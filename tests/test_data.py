@@ -143,8 +143,9 @@ def test_unreadable_images_are_counted_and_ten_are_named_in_order(image_folder, 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK"])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "bmp", "gif", "webp"])
 def test_formats_and_modes_become_rgb(mode, suffix, tmp_path):
+    more = {"save_all": True, "append_images": [Image.new(mode, (32, 32))]} if suffix[1:] == "if" else {}
     try:
-        Image.new("RGB", (32, 32), (204, 204, 204)).convert(mode).save(tmp_path / f"x.{suffix}")
+        Image.new("RGB", (32, 32), (204, 204, 204)).convert(mode).save(tmp_path / f"x.{suffix}", **more)
     except (OSError, ValueError):
         pytest.skip(f"{suffix} has no {mode}")
     read = data.read_image(tmp_path / f"x.{suffix}").astype(int)
@@ -291,7 +292,7 @@ def test_fraction_keeps_the_same_number_of_every_class(fraction):
     assert len(part.valid.labels) == 100 and len(part.test.labels) == 200
     larger, smaller = (set(map(tuple, subset.train.images.flatten(1).tolist())) for subset in (part, half))
     assert smaller <= larger
-    assert data._place_in_class(torch.zeros(8, dtype=torch.int64)).tolist() == [1, 6, 4, 3, 0, 5, 7, 2]
+    assert data._tenths(torch.zeros(16).long()).tolist() == [5, 7, 4, 6, 6, 3, 1, 7, 2, 1, 0, 2, 0, 3, 4, 5]
     assert part.mean[0] == pytest.approx((part.train.images[:, 0].double() / 255).mean().item(), abs=1e-9)
 
 
@@ -335,6 +336,8 @@ def test_a_selection_has_one_spelling_renumbered_labels_and_a_mean_of_its_own():
             (images, labels), (found, numbers) = getattr(whole, name), getattr(part, name)
             chosen = (labels == 3) | (labels == 9)
             assert torch.equal(found, images[chosen]) and torch.equal(numbers, labels[chosen] // 9)
+    few = data.load("synthetic-small", fraction=0.1, classes="cat,truck").train  # a tenth of theirs
+    assert torch.equal(few.images, data._subset(part.train, 0.1).images)
     every = data.load("synthetic-small", classes="animals,vehicles")
     assert every.only is None and every.mean == whole.mean
 

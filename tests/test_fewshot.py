@@ -109,17 +109,19 @@ def test_sizes_are_what_there_is_or_as_asked(classes, images, valid, options, ta
 
 def test_a_small_data_set_runs_by_itself_with_the_same_bits_twice(run, one_line, image_folder, tmp_path):
     image_folder("abcd", (("train", 8), ("valid", 6), ("test", 3)))
-    command = ("fewshot.py", "--data", "images", "--fraction", 0.5, "--episodes", 6)
+    command = ("fewshot.py", "--data", "images", "--fraction", 0.25, "--episodes", 6)
     for out in ("a", "b"):
         process = run(*command, "--out", out)
         assert process.returncode == 0, process.stderr
     assert_same_bits(tmp_path / "a", tmp_path / "b")
     (path,) = (tmp_path / "a").rglob("*.json")
     result = json.loads(path.read_text())
-    assert path.parent.name == f"fewshot-p0.5-{result['data']['name']}-way4-shot2-query2-episodes6"
-    assert [result["config"][size] for size in ("way", "shot", "query")] == [4, 2, 2]
-    assert "4 images in train" in process.stdout and "--way 4 --shot 2 --query 2" in process.stdout
+    assert path.parent.name == f"fewshot-p0.25-{result['data']['name']}-way4-shot1-query1-episodes6"
+    assert [result["config"][size] for size in ("way", "shot", "query")] == [4, 1, 1]
+    assert "2 images in train" in process.stdout and "--way 4 --shot 1 --query 1" in process.stdout
     assert 0 < result["episodes"]["confidence95"] < 0.05
+    numbers = [f"{result['one_prototype'][metric]:.4f}" for metric in train.METRICS]
+    assert " ".join(["1 prototype per class", *numbers]) in " ".join(process.stdout.split())
     assert "skipped" in run(*command, "--out", "a").stdout
     process = run(*command, "--way", 5, "--query", 20, "--out", "c")  # what is asked for is done or refused
     one_line(process, 2, "4 classes", "6 images in valid (a)", "too few for --way 5 --shot 1 --query 20")

@@ -30,6 +30,7 @@ def test_every_figure_is_drawn_whatever_matplotlibrc_says(whole, run, tmp_path):
     names.remove("other-runs")  # which needs two runs that no table shows
     wanted = {f"{name}.{suffix}" for name in names for suffix in ("png", "pdf")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == wanted and len(wanted) == 24
+    assert len({entry.title for entry in figures.FIGURES.values()}) == len(figures.FIGURES)
 
 
 def test_rows_of_the_confusion_figure_are_true_classes(tmp_path):
@@ -81,10 +82,13 @@ def test_a_panel_needs_two_settings_and_the_legend_shows_what_is_drawn(tmp_path)
     fake(tmp_path, "train.py --arch densenet121 --aug crop", 0.6)  # which has no flip
     first = drawn(figures.draw_accuracy, tmp_path, "augmentation").axes[0].containers[0]
     assert np.allclose(first.lines[0].get_xydata(), [[0, 0.5], [2, 0.6]])
+    assert np.allclose(first.lines[2][0].get_segments()[1][:, 1], [0.599, 0.601])  # a standard deviation
     for words in ("--lr 0.0005", "", "--arch densenet121 --lr 0.002", "--arch densenet121"):
         fake(tmp_path, f"train.py --aug hybrid {words}")
-    legend = drawn(figures.draw_epochs, tmp_path, "learning-rate").legends[0]
-    assert [text.get_text() for text in legend.get_texts()] == ["0.002", "0.001", "0.0005"]
+    figure = drawn(figures.draw_epochs, tmp_path, "learning-rate")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0.002", "0.001", "0.0005"]
+    colours = [[bar.lines[0].get_color() for bar in axes.containers] for axes in figure.axes]
+    assert colours == [["C0", "C1"], ["C1", "C2"]]
 
 
 def test_two_to_ten_other_runs_are_drawn(tmp_path):

@@ -115,7 +115,8 @@ def test_logits_and_gradients_are_those_of_torchvisions_network_with_a_new_head_
             assert std == pytest.approx((2 / (9 * width)) ** 0.5, rel=0.1)
     theirs.load_state_dict(ours.state_dict())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-    found = []
+    found, rates = [], [[x.p for x in model.modules() if hasattr(x, "p")] for model in (ours, theirs)]
+    assert rates[0] == rates[1]
     for model in (ours, theirs):
         model.double().to(memory_format=torch.channels_last)
         for layer in model.modules():
@@ -143,7 +144,8 @@ def test_pretrained_weights_come_from_torchvisions_cache_or_the_file_is_named(ar
     path.parent.mkdir(parents=True)
     theirs = torchvision.models.get_model(arch).state_dict()
     path.write_bytes(saved(theirs))
-    ours = models.build(arch, 4, pretrained=True).state_dict()
+    ours = (model := models.build(arch, 4, pretrained=True)).state_dict()
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(ours[k], theirs[k]) for k in ours if not k.startswith(REPLACED[arch][0]))
     half, others = path.read_bytes()[:2_000_000], (torch.ones(3), models.build(arch).state_dict(), {"a": 1})
     for content in (b"", half, b"<html>404</html>", *map(saved, others)):

@@ -64,7 +64,7 @@ def test_each_seed_has_its_own_experts_weights_and_order(monkeypatch):
 
     def fit(run, model, classes, steps, train_batches, valid_batches):
         parts = [labels for _, labels in train_batches(1)]
-        assert list(map(len, parts)) == [16, 16, 8]  # --batch-size
+        assert list(map(len, parts)) == [16, 16, 8] and steps == [3] * 10  # --batch-size
         trained.append((model.adapters[0].weight, torch.cat(parts)))
         return []
 
@@ -82,10 +82,10 @@ def test_each_seed_has_its_own_experts_weights_and_order(monkeypatch):
 
 def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
     folder = image_folder("abcd", (("train", 4), ("valid", 2), ("test", 3)))
-    command = ("moe.py", "--data", folder, "--epochs", 1, "--adapter-width", 16, "--experts", "c,a", " b,d")
+    command = ("moe.py", "--data", folder, "--epochs", 1, "--adapter-width", 16, "--experts", " b,d", "c,a")
     process = run(*command, "--out", tmp_path / "a")
     assert process.returncode == 0, process.stderr
-    assert ["true", "class", "base", "a+c", "b+d"] in map(str.split, process.stdout.splitlines())
+    assert ["true", "class", "base", "b+d", "a+c"] in map(str.split, process.stdout.splitlines())
     (path,) = (tmp_path / "a").glob("moe-*/seed1.json")
     result = json.loads(path.read_text())
     shown = {" ".join(line.split()) for line in process.stdout.splitlines()}
@@ -93,9 +93,9 @@ def test_a_mixture_of_ones_own_classes(run, image_folder, tmp_path):
         assert " ".join([label, *(f"{result[part][metric]:.4f}" for metric in train.METRICS)]) in shown
     name, expert = result["data"]["name"], "custom-hybrid-{}-{}epochs1-dropout0.2"
     names = {expert.format(name, part) for part in ("", "only-a+c-", "only-b+d-")}
-    assert path.parent.name == f"moe-{name}-epochs1-experts-a+c_b+d-width16"
+    assert path.parent.name == f"moe-{name}-epochs1-experts-b+d_a+c-width16"
     assert {path.name for path in (tmp_path / "a").glob("[!.]*")} == {*names, path.parent.name}
-    assert result["config"]["experts"] == ["a,c", "b,d"]
+    assert result["config"]["experts"] == ["b,d", "a,c"]
     assert np.sum(result["gate"], 1) == pytest.approx(np.ones(4), abs=1e-5)
     assert np.shape(result["gate"]) == (4, 3) and np.sum(result["confusion"], 1).tolist() == [3] * 4
     base = json.loads((tmp_path / "a" / expert.format(name, "") / "seed1.json").read_text())

@@ -290,18 +290,19 @@ def test_each_step_has_its_learning_rate_and_settings(images, words, sizes, want
 def test_no_query_is_a_support_image_and_blocks_and_seeds_of_episodes_differ(spy, monkeypatch):
     asked = set()
     monkeypatch.setattr(augment, "parse", lambda name, *rest: asked.add(name) or [[]])
-    draw, kmeans, seen, starts = fewshot.episode_rows, fewshot.kmeans, [], []
+    draw, seen = fewshot.episode_rows, []
     monkeypatch.setattr(fewshot, "episode_rows", lambda *given: seen.append(draw(*given)) or seen[-1])
-    monkeypatch.setattr(
-        fewshot, "kmeans", lambda *given: starts.append(given[2].initial_seed()) or kmeans(*given)
-    )
+    monkeypatch.setattr(fewshot, "kmeans", kmeans := mock.Mock(wraps=fewshot.kmeans))
     monkeypatch.setattr(fewshot, "EPOCH", 4)
+    monkeypatch.setattr(runs.Run, "save", save := mock.Mock())
     files = write_images({split: [6, 7, 8, 9, 6, 7] for split in COUNTS})
     settings = "--fraction 1 --way 4 --shot 2 --query 3 --episodes 10 --seed"
     start(fewshot, files, settings, "1 2")
     start(fewshot, files, settings, "2 --out again")
     valid = [rows for rows, _ in seen if len(rows) == fewshot.VALIDATION_EPISODES]
-    assert torch.equal(valid[0], valid[1]) and len(set(starts)) == 2
+    starts = {call.args[2].initial_seed() for call in kmeans.call_args_list}
+    assert torch.equal(valid[0], valid[1]) and len(starts) == 2
+    assert save.call_count == 3 * 2  # after each of a run's three blocks of episodes but the last
     (images, labels), drawn = read_images("train"), []
     for one, (_, told) in zip([one for one in spy.passes if one.training], spy.losses, strict=True):
         rows, changed = identify(one.inputs, images)

@@ -127,9 +127,9 @@ def test_a_default_that_was_edited_is_refused_but_not_options_that_came_later(ti
     path.write_text(json.dumps(result))
     shown = run(*command).stdout
     assert "skipped, its result exists" in shown and "made by other code" in shown
-    result["config"] |= {"label_smoothing": 0.1, "optimizer": "sgd"}
+    result["config"] |= {"label_smoothing": 0.1, "optimizer": "sgd", "seed": 2}
     path.write_text(json.dumps(result))
-    words = "now label_smoothing 0.0, not 0.1; optimizer adam, not sgd"
+    words = "now label_smoothing 0.0, not 0.1; optimizer adam, not sgd; seed 1, not 2"
     one_line(run(*command), 1, str(path.relative_to(tmp_path)), words, "--force")
     assert json.loads(path.read_text()) == result
     assert run(*command, "--force").returncode == 0
@@ -144,6 +144,8 @@ def test_the_code_of_a_result_is_a_hash_of_the_scripts_that_train(tmp_path, monk
     def hashes():
         return [runs.code_hash(tmp_path / name) for name in ("train.py", "moe.py")]
 
+    assert {*runs.CODE} == {"augment.py", "data.py", "models.py", "runs.py", "train.py"}
+    assert runs.environment(make_run(tmp_path))["commit"] is None  # this folder is no repository
     before = hashes()
     assert len({*before}) == 2
     for name in ("aggregate.py", "moe.py", *runs.CODE):
