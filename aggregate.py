@@ -428,7 +428,7 @@ def explanation(view, usual):
     marks = {cell.mark for cell in view.cells}
     if "**" in marks:
         text.append(f"bold: best of its {'row' if isinstance(view.table.columns, str) else 'column'}")
-    if "≈" in marks:
+    if "≈" in marks or ("**" in marks and usual > 2):
         text.append("≈: not significantly different from the best (Welch, p > 0.05, tested from n = 3 on)")
     text += dict.fromkeys(f"{describe(cell.unlike)} at {cell.row}" for cell in view.cells if cell.unlike)
     return "; ".join(text) + "."
