@@ -58,12 +58,12 @@ def draw_epochs(figure, cells):
             continue
         values = np.array([[epoch[part][metric] for epoch in result["history"]] for result in run.results])
         mean, epochs = values.mean(0), values.shape[1]
-        std = values[:, -1].std(ddof=1) if len(values) > 1 else math.nan
+        last, std = (mean[-1], values[:, -1].std(ddof=1)) if len(values) > 1 else (math.nan, math.nan)
         end, gap = epochs * (1.03 + 0.03 * labels.index(label)), math.nan  # the bar stands beside its line
         x = [*range(1, epochs + 1), end, end]
-        lines[title, label] = x, [*mean, gap, mean[-1]], [*[gap] * (epochs + 1), std]
-    for axes in draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, "-"):
-        axes.locator_params(axis="x", integer=True)
+        lines[title, label] = x, [*mean, gap, last], [*[gap] * (epochs + 1), std]
+    for axes in draw_lines(figure, lines, "epoch", "validation accuracy" if len(cells) > 1 else None, ".-"):
+        axes.locator_params(axis="x", integer=True, min_n_ticks=1)
 
 
 def draw_accuracy(figure, cells, by_row=False):
