@@ -162,7 +162,7 @@ def read_result(path):
     measured += [epoch[split] for epoch in history for split in splits]
     if not all(math.isfinite(part[metric]) for part in measured for metric in METRICS):
         raise ValueError("a metric is not finite")
-    if len(history) != settings.get("epochs", len(history) or 1):
+    if not history or len(history) != settings.get("epochs", len(history)):
         raise ValueError(f"{len(history)} epochs in its history")
     if np.shape(content["confusion"]) != (len(classes), len(classes)):
         raise ValueError(f"confusion is not of {len(classes)} classes")

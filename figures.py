@@ -146,14 +146,13 @@ FIGURES = {
 
 def drawn_cells(view):
     """The cells that a figure shows: a row's accuracy, or those of rows and columns with something to compare."""
-    row, by_setting, cells = FIGURES[view.name].row, isinstance(view.table.columns, str), view.cells
+    row, by_setting = FIGURES[view.name].row, isinstance(view.table.columns, str)
+    cells, most = view.cells, math.inf
     if not by_setting:
         cells = [cell for cell in cells if cell.column == "accuracy" and row in (None, cell.row)]
-    if view.name == "other":  # few-shot learning has no such curves
-        cells = [cell for cell in cells if "valid" in cell.run.results[0]["history"][0]]
-    counts, most = Counter(by_setting and cell.row for cell in cells if cell.values), math.inf
-    if view.name == "other":
-        most = 10  # as many as there are colours
+    if view.name == "other":  # few-shot learning has no such curves, and there are ten colours
+        cells, most = [cell for cell in cells if "valid" in cell.run.results[0]["history"][0]], 10
+    counts = Counter(by_setting and cell.row for cell in cells if cell.values)
     cells = [cell for cell in cells if row or 1 < counts[by_setting and cell.row] <= most]
     used = {cell.column for cell in cells if cell.values}
     return [cell for cell in cells if cell.column in used]

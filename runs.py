@@ -388,7 +388,8 @@ def environment(run):
         capability = torch.backends.cpu.get_cpu_capability()
         device = f"{run.device.type} ({capability}, {torch.get_num_threads()} threads)"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["torchvision"], dtype = metadata.version("torchvision"), str(run.dtype).removeprefix("torch.")
+    versions["torchvision"] = metadata.version("torchvision")
+    dtype = str(run.dtype).removeprefix("torch.")
     return {**versions, "device": device, "commit": commit, "code": run.code, "dtype": dtype}
 
 

@@ -6,8 +6,7 @@
     python train.py --data cifar10 --lr 0.002 --dropout 0.2 --epochs 30
 
 Defaults reproduce the study's recipe: Adam, lr 0.001, batch 64, 10 epochs, constant learning rate. Finished
-runs are skipped, interrupted ones resume. To add an optimizer, extend OPTIMIZERS; to add a network,
-models.ARCHITECTURES; to add an augmentation, augment.AUGMENTATIONS.
+runs are skipped, interrupted ones resume. Extend OPTIMIZERS, models.ARCHITECTURES, augment.AUGMENTATIONS.
 """
 
 import functools
@@ -325,7 +324,8 @@ def train(run):
     def train_batches(epoch):
         return data.batches(dataset.train, dataset, run.device, make_plan(epoch), streams, (run.seed, epoch))
 
-    steps, num_classes = [len(make_plan(1)[1])] * args.epochs, len(dataset.classes)
+    _, sizes = make_plan(1)
+    steps, num_classes = [len(sizes)] * args.epochs, len(dataset.classes)
     valid_batches = functools.partial(evaluation_batches, run, dataset.valid)
     history = fit(run, model, num_classes, steps, train_batches, valid_batches)
     totals = evaluate(run, model, evaluation_batches(run, dataset.test), num_classes)

@@ -287,6 +287,7 @@ def benchmark_augment(args):
     """Images/s of every augmentation, at three batch sizes, of which --images is the largest. torchvision
     takes one PIL image at a time, or one tensor for cutout."""
     undo_repeatable()  # torchvision does not support deterministic mode
+    kornia = kornias()
     drawn = data.synthetic((1024, 10, 10)).train.images
     tensors = list(drawn[:PER_IMAGE].to(args.device))
     pictures = [transforms.functional.to_pil_image(image) for image in drawn[:PER_IMAGE]]
@@ -299,9 +300,8 @@ def benchmark_augment(args):
                 one, few = TORCHVISION[name], tensors if name == "cutout" else pictures
                 work = functools.partial(lambda one, few: [one(image) for image in few], one, few)
                 ways["torchvision"] = per_second(len(few), work)
-            if name in kornias():
-                work = functools.partial(kornias()[name], images.float() / 255)
-                ways["kornia"] = per_second(count, work)
+            if name in kornia:
+                ways["kornia"] = per_second(count, functools.partial(kornia[name], images.float() / 255))
             yield compare(f"{name} of {count:,}", ways, args.rounds)
 
 
